@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mimref.benchmarks.suite.lines import Bar, Found, Line, Measure, Part, Task
+from mimref.benchmarks.suite.lines import Found, Line, Measure, Part, Task, Threshold
 from mimref.errors import ConfigError
 
 
@@ -73,12 +73,12 @@ def stopping(_device: str, *, parent: int, number: int) -> Iterator[Found]:
     time.sleep(600)
 
 
-def task(name: str, measure: Measure, *more: str, bar: Bar | None = None, limit_s: float = 30) -> Task:
-    return Task((Line(name, "s", bar), *(Line(other, "s") for other in more)), measure, limit_s)
+def task(name: str, measure: Measure, *more: str, threshold: Threshold | None = None, limit_s: float = 30) -> Task:
+    return Task((Line(name, "s", threshold), *(Line(other, "s") for other in more)), measure, limit_s)
 
 
-def good(name: str, found: float = 1.0, bar: Bar | None = None) -> Task:
-    return task(name, partial(value, line=name, value=found), bar=bar)
+def good(name: str, found: float = 1.0, threshold: Threshold | None = None) -> Task:
+    return task(name, partial(value, line=name, value=found), threshold=threshold)
 
 
 def part(*tasks: Task, name: str = "a part") -> Part:

@@ -1,4 +1,4 @@
-"""The suite for a GPU's first hour: bars, and processes whose faults cost only their own lines."""
+"""The suite for a GPU's first hour: thresholds, and processes whose faults cost only their own lines."""
 
 import math
 import multiprocessing
@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from mimref.benchmarks.suite import run
-from mimref.benchmarks.suite.lines import Bar, Finding, Found, Line, Part
+from mimref.benchmarks.suite.lines import Finding, Found, Line, Part, Threshold
 from mimref.benchmarks.suite.run import run_part
 from tests import suite_tasks as tasks
 from tests.ranks import fork_server, start_processes
 
-AT_MOST, AT_LEAST = Bar("at most", 2.0, "a reason"), Bar("at least", 2.0, "a reason")
+AT_MOST, AT_LEAST = Threshold("at most", 2.0, "a reason"), Threshold("at least", 2.0, "a reason")
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def wait_for(condition: object, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "bar", "verdict"),
+    ("value", "threshold", "verdict"),
     [
         (2.0, AT_MOST, "met"),
         (2.1, AT_MOST, "missed"),
@@ -59,17 +59,17 @@ def wait_for(condition: object, what: str) -> None:
         (2.0, AT_LEAST, "met"),
         (1.9, AT_LEAST, "missed"),
         (math.nan, AT_LEAST, "missed"),
-        (1.0, None, "no bar"),
+        (1.0, None, "no threshold"),
         (None, AT_MOST, "not measured"),
     ],
 )
-def test_a_value_is_compared_with_its_bar(value: float | None, bar: Bar | None, verdict: str) -> None:
-    finding = Finding("part", Line("line", "GB", bar), Found("line", value, "a note", {"batch": 3}))
+def test_a_value_is_compared_with_its_bar(value: float | None, threshold: Threshold | None, verdict: str) -> None:
+    finding = Finding("part", Line("line", "GB", threshold), Found("line", value, "a note", {"batch": 3}))
     assert (finding.verdict, finding.misses) == (verdict, verdict == "missed")
     row = finding.row()
     assert (row["part"], row["line"], row["unit"], row["verdict"]) == ("part", "line", "GB", verdict)
     assert (row["note"], row["batch"]) == ("a note", 3)
-    assert row["bar"] == (f"{bar.kind} 2" if bar else "no bar")
+    assert row["threshold"] == (f"{threshold.kind} 2" if threshold else "no threshold")
     assert row["value"] == value or math.isnan(float(row["value"]))
 
 
@@ -82,8 +82,8 @@ def test_every_kind_of_fault_costs_its_own_lines(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     found = found_of(
         tasks.part(
-            tasks.good("a", bar=AT_MOST),
-            tasks.good("slow", 3.0, bar=AT_MOST),
+            tasks.good("a", threshold=AT_MOST),
+            tasks.good("slow", 3.0, threshold=AT_MOST),
             tasks.task("raising", partial(tasks.raising, line="raising")),
             tasks.task("refusing", tasks.refusing),
             tasks.task("memory", tasks.out_of_memory),
@@ -94,12 +94,12 @@ def test_every_kind_of_fault_costs_its_own_lines(tmp_path: Path) -> None:
             tasks.task("killed", partial(tasks.crashing, first="none", number=signal.SIGKILL)),
             tasks.task("exiting", tasks.exiting),
             tasks.task("hanging", partial(tasks.hanging, pids=str(pids)), limit_s=1.0),
-            tasks.task("lacking", partial(tasks.lacking, line="lacking"), bar=AT_MOST),
+            tasks.task("lacking", partial(tasks.lacking, line="lacking"), threshold=AT_MOST),
             tasks.good("d"),
         )
     )
     verdicts = {name: finding.verdict for name, finding in found.items()}
-    assert {name for name, verdict in verdicts.items() if verdict == "no bar"} == {"b", "before", "c", "d"}
+    assert {name for name, verdict in verdicts.items() if verdict == "no threshold"} == {"b", "before", "c", "d"}
     assert (verdicts["a"], verdicts["slow"], verdicts["lacking"]) == ("met", "missed", "not measured")
     faults = {name: finding.fault for name, finding in found.items() if finding.verdict == "failed"}
     assert faults.pop("raising") == "ValueError: no raising"

@@ -1,4 +1,4 @@
-"""What the suite measures: a fault in what is measured makes its line miss the bar, at tiny sizes on the CPU."""
+"""What the suite measures: a fault in what is measured makes its line miss the threshold, at tiny sizes on the CPU."""
 
 import inspect
 import subprocess
@@ -17,7 +17,7 @@ from torch import Tensor
 from mimref.benchmarks.measure import PeakMemory
 from mimref.benchmarks.step import StepMeasurement
 from mimref.benchmarks.suite import checkout, judging, parts, reading, training
-from mimref.benchmarks.suite.lines import Bar, Finding, Found, Line, Task
+from mimref.benchmarks.suite.lines import Finding, Found, Line, Task, Threshold
 from mimref.benchmarks.suite.parts import gpu_lines, parts_for
 from mimref.benchmarks.views import DEVICE, WORKER
 from mimref.config.load import load_config
@@ -48,10 +48,10 @@ def tiny_presets(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "refinement", refinement)
 
 
-def judged(found: Iterator[Found], bar: Bar | None) -> str:
+def judged(found: Iterator[Found], threshold: Threshold | None) -> str:
     """Return the verdict of the first line."""
     first = next(found)
-    return Finding("part", Line(first.line, "", bar), first).verdict
+    return Finding("part", Line(first.line, "", threshold), first).verdict
 
 
 def slower(function: Callable[..., Any], seconds: float = 0.02) -> Callable[..., Any]:
@@ -70,13 +70,15 @@ def slower(function: Callable[..., Any], seconds: float = 0.02) -> Callable[...,
 )
 def test_every_bar_can_be_missed(task: Task) -> None:
     for line in task.lines:
-        if line.bar is not None:
-            worse = line.bar.limit * 1.01 + 1e-12 if line.bar.kind == "at most" else line.bar.limit * 0.99
+        if line.threshold is not None:
+            worse = (
+                line.threshold.limit * 1.01 + 1e-12 if line.threshold.kind == "at most" else line.threshold.limit * 0.99
+            )
             verdicts = [
                 Finding("part", line, Found(line.name, value)).verdict
-                for value in (line.bar.limit, worse, float("nan"))
+                for value in (line.threshold.limit, worse, float("nan"))
             ]
-            assert verdicts == ["met", "missed", "missed"] and line.bar.reason
+            assert verdicts == ["met", "missed", "missed"] and line.threshold.reason
         assert Finding("part", line, fault="crashed").misses
 
 
@@ -111,11 +113,11 @@ def test_names_are_unique_and_gpus_have_what_cpus_have_not() -> None:
 # --- refinement
 
 
-@pytest.mark.parametrize(("precision", "bar"), [("fp64", parts.EXACT), ("fp32", parts.SINGLE)])
-def test_a_wrong_gradient_misses_its_bar(precision: str, bar: Bar, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("precision", "threshold"), [("fp64", parts.EXACT), ("fp32", parts.SINGLE)])
+def test_a_wrong_gradient_misses_its_bar(precision: str, threshold: Threshold, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = partial(training.gradients, "cpu", line="g", preset="x", batch=6, micro=2, precision=precision)
     (right,) = measure()
-    assert right.value is not None and 0 <= right.value <= bar.limit and judged(iter([right]), bar) == "met"
+    assert right.value is not None and 0 <= right.value <= threshold.limit and judged(iter([right]), threshold) == "met"
     # float64 is really used: float32 would differ by more.
     assert precision == "fp32" or right.value < 1e-12
     whole = Method.forward_backward
@@ -129,7 +131,7 @@ def test_a_wrong_gradient_misses_its_bar(precision: str, bar: Bar, monkeypatch: 
         return values
 
     monkeypatch.setattr(Method, "forward_backward", wrong)
-    assert judged(measure(), bar) == "missed"
+    assert judged(measure(), threshold) == "missed"
 
 
 def test_the_gradient_is_that_of_the_same_batch_and_queue() -> None:
@@ -276,8 +278,8 @@ def test_slow_probes_miss_their_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     measure = partial(judging.probes, "cpu", line="p", width=2, classes=3, steps=1)
     assert judged(measure(), parts.PROBES_CPU) == "met"
     monkeypatch.setattr(ProbeEnsemble, "step", slower(ProbeEnsemble.step, 0.2))
-    for bar in (parts.PROBES, parts.PROBES_CPU):
-        assert judged(measure(), bar) == "missed"
+    for threshold in (parts.PROBES, parts.PROBES_CPU):
+        assert judged(measure(), threshold) == "missed"
 
 
 @pytest.mark.parametrize(("ratio", "verdict"), [(8.0, "met"), (3.0, "missed")])

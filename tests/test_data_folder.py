@@ -124,7 +124,7 @@ def test_class_folders_without_splits_label_the_training_images_only(tmp_path: P
     assert classes_of(opened(tmp_path, need_labels=True)) == ["cat", "dog"]
     held = opened(tmp_path, "val")
     assert len(held) == 2 and held.labels is None
-    with pytest.raises(DataError, match=r"val images have no labels.*make train/ and val/"):
+    with pytest.raises(DataError, match=r"val images have no labels.*train/CLASS/ and val/CLASS/"):
         opened(tmp_path, "val", need_labels=True)
 
 

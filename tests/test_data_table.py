@@ -67,7 +67,9 @@ def test_paths_alone(file: Path) -> None:
     spec = write_table(file, [row[:1] for row in ROWS], "path")
     for split in ("train", "val"):
         assert opened(spec, split).labels is None
-    with pytest.raises(DataError, match="no labels, which this needs; give the list the columns label and split"):
+    with pytest.raises(
+        DataError, match="no labels, which this command needs; give the list the columns label and split"
+    ):
         open_source(DataConfig(spec=spec), "train", need_labels=True)
 
 

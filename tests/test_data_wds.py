@@ -255,7 +255,9 @@ def test_shards_that_are_not_there(tmp_path: Path) -> None:
     refused(tmp_path / "set-{split}-0.tar", "no shards of val, validation or test", "val")
     write_shard(tmp_path / "set-val-0.tar", samples(0, 3, classes=3))
     refused(tmp_path / "set-{split}-0.tar", "class '2' of the validation images is not in the training images", "val")
-    with pytest.raises(DataError, match=r"no labels, which this needs; give every image a \.cls, and keep shards of"):
+    with pytest.raises(
+        DataError, match=r"no labels, which this command needs; give every image a \.cls, and keep shards of"
+    ):
         open_source(DataConfig(spec=f"wds:{tmp_path}/set-val-0.tar"), "val", need_labels=True)
 
 

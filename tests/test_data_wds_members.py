@@ -88,7 +88,7 @@ def test_compound_names_of_images(tmp_path: Path) -> None:
 def test_labels_that_settings_name(tmp_path: Path) -> None:
     members: Members = []
     plain = write_shard(tmp_path / "json.tar", [("0.png", png()), ("0.json", b'{"class": 1}')])
-    with pytest.raises(DataError, match=r"no labels, which this needs; give every image a \.cls"):
+    with pytest.raises(DataError, match=r"no labels, which this command needs; give every image a \.cls"):
         open_source(DataConfig(spec=f"wds:{plain}"), "train", need_labels=True)
     for number, name in enumerate(("cat", "dog")):
         members += [(f"{number}.png", png(number)), (f"{number}.txt", name.encode())]

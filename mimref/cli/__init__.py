@@ -140,7 +140,7 @@ def run(args: Sequence[str]) -> int:
             traceback.print_exception(error)
         # The rest of torch's message is about its allocator.
         what = ". ".join(str(error).split(". ")[:2])
-        typer.echo(f"mimref: error: {what}; lower batch_size, or micro_batch of a training", err=True)
+        typer.echo(f"mimref: error: {what}; lower batch_size, or the micro_batch of a training run", err=True)
         return 2
 
 

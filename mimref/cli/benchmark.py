@@ -148,11 +148,11 @@ def cost(options: CostOptions) -> None:
 
 
 def everything(options: BenchmarkOptions) -> None:
-    """Measure everything that this machine can run, and compare it with bars.
+    """Measure everything that this machine can run, and compare it with thresholds.
 
     Takes at most 8 minutes on a GPU and about 2 on a CPU, which runs a smaller version. Each part runs in its own
     process, so a part that fails loses only its own lines. With --out, also writes a Markdown page that grows as parts
-    finish. If a value misses its bar, an error names it and the exit code is 1.
+    finish. If a value misses its threshold, an error names it and the exit code is 1.
 
     Examples:
       mimref benchmark all --out runs/benchmark

@@ -105,13 +105,14 @@ class Seed(Configured):
 
 class Data(Configured, panel="Data"):
     data: Text = option(
-        "A folder, digits, fashion-mnist, torchvision:NAME, vtab:NAME, list:FILE, hf:FOLDER, hf:NAME, wds:SHARDS.",
+        "A folder, digits, fashion-mnist, torchvision:NAME, vtab:NAME, vtab1k:NAME, list:FILE, hf:FOLDER, hf:NAME, "
+        "wds:SHARDS.",
         "SPEC",
         "data.spec",
     )
 
 
-WORKERS = option("Processes that read images.", "N", "workers")
+WORKERS = option("Processes that read images; default: one per core, at most 16.", "N", "workers")
 
 
 class Images(Data, panel="Data"):
@@ -143,7 +144,7 @@ class EncoderPass(Images, panel="Encoder"):
     source: Text = SOURCE
     encoder: Text = PART
     resolution: Text = option("Image size; default: the encoder's own.", "PIXELS", "resolution")
-    cache: Text = option("Where features are cached.", "DIR|off", "cache.folder")
+    cache: Text = option("Where features are cached; default: the user's cache folder.", "DIR|off", "cache.folder")
 
 
 class Pool(Options, panel="Encoder"):

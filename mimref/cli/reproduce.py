@@ -34,7 +34,7 @@ def ablations(options: AblationsOptions) -> None:
 
     Examples:
       mimref reproduce ablations --preset quickstart --seeds 0 --tables a,e --dry-run
-      mimref reproduce ablations --preset fashion_mnist --seeds 0,1,2 --out runs/ablations
+      mimref reproduce ablations --seeds 0,1,2 --out runs/ablations
     """
     from mimref.reproduce.config import AblationsConfig
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mimref.training.run import TrainingResult
 
 
-DRY_RUN = option("Print all settings and the reasons for them, sizes, steps and time; write nothing.")
+DRY_RUN = option("Print all settings and the reasons for them, sizes, steps and time; train nothing.")
 
 
 _PACKAGED = (
@@ -127,7 +127,9 @@ def _print_plan(config: "RefineConfig", options: RefineOptions) -> None:
 
 
 class PretrainOptions(TrainedArch, TrainingOptions, panel="Training"):
-    objective: Text = option("Mask tokens in a decoder or in the encoder; default mae.", "mae|simmim", "objective")
+    objective: Text = option(
+        "Mask tokens only in a decoder (mae, default) or in the encoder (simmim).", "mae|simmim", "objective"
+    )
     epochs: Text = option("Passes over the images.", "N", "mae.epochs")
     dry_run: bool = DRY_RUN
 

@@ -31,7 +31,7 @@ _HOW_TO_LABEL = {
     "list:": "give the list the columns label and split (train, val)",
     "hf:": "give it a column label, and splits train and validation",
     "wds:": "give every image a .cls, and keep shards of train and val apart (folders, or {split} in the pattern)",
-    "": "make train/ and val/ in it, each with one folder per class (two or more)",
+    "": "sort the images into train/CLASS/ and val/CLASS/ below this folder, with two classes or more",
 }
 """Advice by the prefix of a spec that is not a name."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*){0,2}", re.ASCII)
@@ -74,18 +74,13 @@ def open_source(
         source = _open(spec, data, split, progress)
         if need_labels and source.labels is None:
             advice = f"{how_to_label(source, spec)}; mimref assess compares encoders without labels"
-            raise DataError(f"{no_labels(split)}; {advice}")
+            raise DataError(f"the {split} images have no labels, which this command needs; {advice}")
     except DataError as error:
         raise type(error)(f"--data {printable(spec)}: {error}") from error
     source.decoding = Decoding.of(data)
     if split == "train" and data.train_limit is not None:
         source.select(first_images(len(source), source.labels, limit=data.train_limit))
     return source
-
-
-def no_labels(split: Split) -> str:
-    """Return the error message for images without the labels that a command needs."""
-    return f"the {split} images have no labels, which this needs"
 
 
 def how_to_label(source: ImageSource, spec: str) -> str:

@@ -45,7 +45,7 @@ from mimref.encoders.parts import (
 from mimref.encoders.positions import are_sincos, fit_positions
 from mimref.encoders.published import find_named
 from mimref.encoders.reading import first_line, named_tensors, read_file
-from mimref.encoders.timm_models import timm_record
+from mimref.encoders.timm_models import classifiers
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder, is_plain_vit
 from mimref.encoders.writing import write_safetensors
 from mimref.errors import CheckpointError, ConfigError
@@ -308,10 +308,7 @@ def encoder_from(checkpoint: Checkpoint, architecture: EncoderArchitecture, *, s
     """
     if isinstance(architecture, BackboneArchitecture):
         backbone = TimmBackbone(architecture)
-        layers = timm_record(architecture.name).classifier or ()
-        # A classifier such as `head.fc` may have a norm beside it.
-        names = [layers] if isinstance(layers, str) else layers
-        dropped = tuple(f"{name.rpartition('.')[0] or name}." for name in names)
+        dropped = classifiers(architecture.name)
         given = _timm_tensors(checkpoint, architecture, backbone.model, dropped)
         given = fit_channels(given, backbone.model.state_dict(), architecture.channels, checkpoint.channel_rule)
         _load(backbone.model, architecture.name, given, checkpoint.path, share=share, dropped=dropped)

@@ -46,8 +46,14 @@ def timm_record(name: str) -> Any:
     """Return timm's record of a model or, for `model.tag`, its weights: image size, normalisation, classifier."""
     recorded = timm.get_pretrained_cfg(name)
     if recorded is None:
-        raise ConfigError(f"timm has no record of {name!r}, so it cannot be evaluated")
+        raise ConfigError(f"timm has no record of {name!r}, so it cannot be evaluated; see timm.list_models()")
     return recorded
+
+
+def classifiers(name: str) -> tuple[str, ...]:
+    """Return the prefixes of the tensors of a timm model's classifiers; beside `head.fc`, there may be a norm."""
+    layers = timm_record(name).classifier or ()
+    return tuple(f"{each.rpartition('.')[0] or each}." for each in ([layers] if isinstance(layers, str) else layers))
 
 
 def native_size(name: str) -> int:

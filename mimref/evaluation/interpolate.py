@@ -233,11 +233,12 @@ def _end(
 def _check_alike(config: InterpolateConfig, base: TokenEncoder, refined: TokenEncoder) -> None:
     left, right = asdict(base.architecture), asdict(refined.architecture)
     if left.keys() != right.keys() or (isinstance(base, TimmBackbone) and left != right):
-        names = f"{base.architecture.name} and {refined.architecture.name}"
-        raise CheckpointError(f"{config.base} and {config.refined} are encoders of different kinds: {names}")
-    # The name and whether positions are trained do not change the function; other image sizes do not matter here.
-    alike = ("name", "fixed_positions", "interpolation", "norm_eps")
-    differing = [name for name in right if name not in alike and left[name] != right[name]]
-    if differing:
+        values = f"{base.architecture.name} and {refined.architecture.name}"
+    else:
+        # The name and whether positions are trained do not change the function; other image sizes do not matter here.
+        alike = ("name", "fixed_positions", "interpolation", "norm_eps")
+        differing = [name for name in right if name not in alike and left[name] != right[name]]
         values = ", ".join(f"{name} {left[name]} and {right[name]}" for name in differing)
-        raise CheckpointError(f"{config.base} and {config.refined} are encoders of different kinds: {values}")
+    if values:
+        wrong = f"{config.base} and {config.refined} are encoders of different kinds: {values}"
+        raise CheckpointError(f"{wrong}; average a base and its refinement")

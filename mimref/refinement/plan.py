@@ -221,7 +221,9 @@ def temperatures(temperature: float | list[float], num_heads: int) -> list[float
     if not isinstance(temperature, list):
         return [temperature] * num_heads
     if len(temperature) != num_heads:
-        raise ConfigError(f"heads.temperature has {len(temperature)} values for {num_heads} heads (heads.blocks)")
+        raise ConfigError(
+            f"heads.temperature has {len(temperature)} values for {num_heads} heads; give one, or one each"
+        )
     return temperature
 
 
@@ -260,7 +262,8 @@ def _check_frozen(config: RefineConfig, blocks: list[int]) -> None:
     frozen = config.encoder_stage.freeze_blocks
     if frozen >= max(blocks):
         raise ConfigError(
-            f"encoder_stage.freeze_blocks {frozen} leaves nothing to refine: the last head reads block {max(blocks)}"
+            f"encoder_stage.freeze_blocks {frozen} leaves nothing to refine: the last head reads block {max(blocks)}; "
+            "freeze fewer"
         )
 
 
@@ -338,6 +341,6 @@ def _check_queue(config: RefineConfig, images: int) -> None:
     # A queue spans at most three epochs, so up to three of its rows are a sample's own and excluded.
     if most > queue - 3:
         raise ConfigError(
-            f"top_k {most} needs a heads.queue_size of at least {most + 3}, not {queue}: "
+            f"a top_k of {most} needs a heads.queue_size of at least {most + 3}, not {queue}: "
             "an image's own rows are excluded from its neighbours"
         )

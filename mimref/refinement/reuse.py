@@ -36,9 +36,10 @@ def load_heads(folder: Path, plan: Plan, method: Method, listener: Listener) -> 
         saved = torch.load(path, map_location="cpu", weights_only=True)
         base, blocks, pool, images = (saved[key] for key in ("base", "blocks", "pool", "images"))
     except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read as the heads of a run") from error
+        raise CheckpointError(f"{path}: cannot be read as the heads of a run; name another folder") from error
     if base != weights_hash(method.encoder):
-        raise CheckpointError(f"{path}: these heads were trained on another encoder than {plan.checkpoint.path}")
+        wrong = f"these heads were trained on another encoder than {plan.checkpoint.path}"
+        raise CheckpointError(f"{path}: {wrong}; name that run's --weights, or omit --heads-from")
     if blocks != plan.blocks:
         numbers = ",".join(map(str, blocks))
         raise ConfigError(f"{path}: its heads read blocks {numbers}; set heads.blocks={numbers}")
@@ -56,7 +57,8 @@ def load_heads(folder: Path, plan: Plan, method: Method, listener: Listener) -> 
     except RuntimeError as error:
         raise ConfigError(
             f"{path}: the widths of its heads differ from heads.projector_hidden {config.projector_hidden}, "
-            f"heads.predictor_hidden {config.predictor_hidden} and heads.output {config.output}"
+            f"heads.predictor_hidden {config.predictor_hidden} and heads.output {config.output}; set them as in that "
+            "run's config.toml"
         ) from error
     if images != plan.source.fingerprint:
         method.queue.sample_Q.fill_(-1)

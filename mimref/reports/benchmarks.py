@@ -10,7 +10,7 @@ from rich.text import Text
 from mimref.benchmarks.suite.lines import Finding, Verdict
 from mimref.reports.tables import markdown_lines, plain_table
 
-_NAMES = ("", "measured", "verdict", "bar", "with")
+_NAMES = ("", "measured", "verdict", "threshold", "with")
 _STYLES: dict[Verdict, str] = {"met": "green", "missed": "bold red", "failed": "bold red"}
 
 
@@ -26,9 +26,9 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 
 def missed_lines(findings: Sequence[Finding]) -> list[str]:
-    """Return one line for every finding that misses its bar or has failed."""
+    """Return one line for every finding that misses its threshold or has failed."""
     return [
-        f"{finding.line.name}: {finding.fault or f'{_value(finding)}, bar {_bar(finding)}'}"
+        f"{finding.line.name}: {finding.fault or f'{_value(finding)}, threshold {_bar(finding)}'}"
         for finding in findings
         if finding.misses
     ]
@@ -37,7 +37,7 @@ def missed_lines(findings: Sequence[Finding]) -> list[str]:
 def suite_page(
     findings: Sequence[Finding], facts: Mapping[str, str], elapsed_s: float, command: str, *, finished: bool
 ) -> str:
-    """Return a Markdown page: the command, the machine, every finding, the missed bars, and the reason for each bar.
+    """Return a Markdown page: the command, the machine, every finding, what missed its threshold, and the reasons.
 
     finished: whether the findings are complete.
     """
@@ -47,10 +47,12 @@ def suite_page(
     text += ["", *markdown_lines(_NAMES, lines), "", _summary(findings), ""]
     if missed := missed_lines(findings):
         text += ["Missed:", "", *(f"- {line}" for line in missed), ""]
-    bars = {
-        f"- {finding.line.name}, {_bar(finding)}: {bar.reason}" for finding in findings if (bar := finding.line.bar)
+    thresholds = {
+        f"- {finding.line.name}, {_bar(finding)}: {threshold.reason}"
+        for finding in findings
+        if (threshold := finding.line.threshold)
     }
-    return "\n".join([*text, "Bars:", "", *sorted(bars)]) + "\n"
+    return "\n".join([*text, "Thresholds:", "", *sorted(thresholds)]) + "\n"
 
 
 def _value(finding: Finding) -> str:
@@ -61,10 +63,10 @@ def _value(finding: Finding) -> str:
 
 
 def _bar(finding: Finding) -> str:
-    return f"{bar} {finding.line.unit}" if (bar := finding.line.bar) else ""
+    return f"{threshold} {finding.line.unit}" if (threshold := finding.line.threshold) else ""
 
 
 def _summary(findings: Sequence[Finding]) -> str:
     counts = Counter(finding.verdict for finding in findings)
-    verdicts: tuple[Verdict, ...] = ("met", "missed", "failed", "no bar", "not measured")
+    verdicts: tuple[Verdict, ...] = ("met", "missed", "failed", "no threshold", "not measured")
     return ", ".join(f"{verdict}: {counts[verdict]}" for verdict in verdicts)

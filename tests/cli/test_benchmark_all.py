@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from mimref.benchmarks.suite import run as suite
-from mimref.benchmarks.suite.lines import Bar, Line, Part
+from mimref.benchmarks.suite.lines import Line, Part, Threshold
 from mimref.cli import run
 from mimref.results import read_results
 from tests import suite_tasks as tasks
 from tests.ranks import fork_server
 
-BAR = Bar("at most", 24, "the cards of users")
+BAR = Threshold("at most", 24, "the cards of users")
 
 
 @pytest.fixture(autouse=True)
@@ -37,16 +37,16 @@ def test_the_page_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert run(["benchmark", "all", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     page = (tmp_path / "out" / "results.md").read_text()
     assert "| memory | 20 s | met | at most 24 s | with care |" in page
-    assert "| rate | 12,346 s | no bar |  | with care |" in page
+    assert "| rate | 12,346 s | no threshold |  | with care |" in page
     assert "| step of a ViT-L |  | not measured |  | needs CUDA |" in page
-    assert "met: 1, missed: 0, failed: 0, no bar: 1, not measured: 1" in page
+    assert "met: 1, missed: 0, failed: 0, no threshold: 1, not measured: 1" in page
     assert "- memory, at most 24 s: the cards of users" in page
     assert "Missed" not in page and "not finished" not in page
     for words in ("- device: device cpu", "- torch: ", "load ", " s in all"):
         assert words in page
     rows, *_ = read_results(tmp_path / "out", "benchmark all")
     assert [(row["line"], row["verdict"]) for row in rows] == [
-        ("memory", "met"), ("rate", "no bar"), ("step of a ViT-L", "not measured")
+        ("memory", "met"), ("rate", "no threshold"), ("step of a ViT-L", "not measured")
     ]  # fmt: skip
     assert (tmp_path / "out" / "results.csv").read_text().count("\n") == 4
     assert (tmp_path / "out" / "logs" / "a-part.log").is_file()
@@ -64,13 +64,21 @@ def test_what_misses_is_named(
     assert run(["benchmark", "all", "--out", str(tmp_path / "out"), "--quiet"]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert [line.split(":")[2].strip() for line in errors] == ["crash", "memory", "raising", "hang"]
-    assert "signal 11" in errors[0] and "25 s, bar at most 24 s" in errors[1] and "no raising" in errors[2]
+    assert "signal 11" in errors[0] and "25 s, threshold at most 24 s" in errors[1] and "no raising" in errors[2]
     page = (tmp_path / "out" / "results.md").read_text()
     missed = page[page.index("Missed:") :]
     assert all(f"- {name}: " in missed for name in ("crash", "memory", "raising", "hang"))
     # The folder is finished nevertheless: nothing has to be measured again.
     rows, *_ = read_results(tmp_path / "out", "benchmark all")
-    assert [row["verdict"] for row in rows] == ["failed", "missed", "met", "no bar", "failed", "failed", "not measured"]
+    assert [row["verdict"] for row in rows] == [
+        "failed",
+        "missed",
+        "met",
+        "no threshold",
+        "failed",
+        "failed",
+        "not measured",
+    ]
 
 
 def test_logs_that_cannot_be_written(

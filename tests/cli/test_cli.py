@@ -111,7 +111,7 @@ def test_a_gpu_without_memory_is_one_line(work: Calls, capsys: pytest.CaptureFix
     work.then = fail
     assert run(["knn", "--quiet"]) == 2
     assert one_line(capsys) == (
-        "mimref: error: CUDA out of memory. Tried to allocate 20.00 GiB; lower batch_size, or micro_batch of a training"
+        "mimref: error: CUDA out of memory. Tried to allocate 20.00 GiB; lower batch_size, or the micro_batch of a training run"
     )
 
 

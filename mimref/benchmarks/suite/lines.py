@@ -6,11 +6,11 @@ from typing import Literal, NamedTuple
 
 from mimref.results import Row
 
-Verdict = Literal["met", "missed", "failed", "no bar", "not measured"]
+Verdict = Literal["met", "missed", "failed", "no threshold", "not measured"]
 
 
 @dataclass(frozen=True)
-class Bar:
+class Threshold:
     """Bound that a value must meet."""
 
     kind: Literal["at most", "at least"]
@@ -19,7 +19,7 @@ class Bar:
     """Where the number comes from."""
 
     def met_by(self, value: float) -> bool:
-        """Return whether a value meets the bar; NaN never does."""
+        """Return whether a value meets the threshold; NaN never does."""
         return value <= self.limit if self.kind == "at most" else value >= self.limit
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ class Line:
 
     name: str
     unit: str
-    bar: Bar | None = None
+    threshold: Threshold | None = None
 
 
 class Found(NamedTuple):
@@ -81,14 +81,14 @@ class Finding:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the bar is met; `failed` if there is no result although there should be."""
+        """Whether the threshold is met; `failed` if there is no result although there should be."""
         if self.found is None:
             return "failed"
         if self.found.value is None:
             return "not measured"
-        if self.line.bar is None:
-            return "no bar"
-        return "met" if self.line.bar.met_by(self.found.value) else "missed"
+        if self.line.threshold is None:
+            return "no threshold"
+        return "met" if self.line.threshold.met_by(self.found.value) else "missed"
 
     @property
     def misses(self) -> bool:
@@ -107,8 +107,11 @@ class Finding:
 
     def row(self) -> Row:
         """Return a row of the results; a value that was not measured is NaN."""
-        bar = self.line.bar
+        threshold = self.line.threshold
         row: Row = {"metric": "benchmark_all", "value": float("nan") if self.value is None else self.value}
         row |= {"part": self.part, "line": self.line.name, "unit": self.line.unit, "verdict": self.verdict}
-        row |= {"bar": "no bar" if bar is None else str(bar), "bar_reason": "" if bar is None else bar.reason}
+        row |= {
+            "threshold": "no threshold" if threshold is None else str(threshold),
+            "threshold_reason": "" if threshold is None else threshold.reason,
+        }
         return row | {"note": self.note, **(self.found.setting if self.found else {})}

@@ -1,37 +1,39 @@
 """Parts of `mimref benchmark all` on a GPU, and their small versions on a CPU, which run the same code.
 
-Every bar is a number that the documentation promises, or comes from the tests or docs/results.md; a line without such a
-number has no bar. To add a part on another topic, such as decoding on the device or sharded training, add a function
-call to `_cuda_parts` and `_cpu_parts`.
+Every threshold is a number that the documentation promises, or comes from the tests or docs/results.md; a line without
+such a number has no threshold. To add a part on another topic, such as decoding on the device or sharded training, add
+a function call to `_cuda_parts` and `_cpu_parts`.
 """
 
 from collections.abc import Sequence
 from functools import partial
 
 from mimref.benchmarks.suite import checkout, judging, reading, training
-from mimref.benchmarks.suite.lines import Bar, Line, Part, Task
+from mimref.benchmarks.suite.lines import Line, Part, Task, Threshold
 
 TOTAL_S = {"cuda": 470.0, "cpu": 180.0}
 """Time limit in seconds for all parts; what has not started by then is not measured."""
 GPU_ONLY = "needs CUDA"
 """Note for lines that a CPU cannot measure."""
 
-EXACT = Bar("at most", 1e-9, "float64, as CONTRIBUTING.md asks of changes that keep results")
-SINGLE = Bar("at most", 1e-4, "float32, as in tests/test_refinement_micro_batch.py")
-PASSES = Bar("at most", 0, "every test passes")
-LARGE_BATCH = Bar("at most", 24, "batch 1024 of a ViT-L on a card of 24 GB, which micro-batches promise")
+EXACT = Threshold("at most", 1e-9, "float64, as CONTRIBUTING.md asks of changes that keep results")
+SINGLE = Threshold("at most", 1e-4, "float32, as in tests/test_refinement_micro_batch.py")
+PASSES = Threshold("at most", 0, "every test passes")
+LARGE_BATCH = Threshold("at most", 24, "batch 1024 of a ViT-L on a card of 24 GB, which micro-batches promise")
 NOT_SLOWER = "below 1, it costs time instead of saving it"
-COMPILED = Bar("at least", 1.0, f"the setting `compile` promises faster steps on CUDA; {NOT_SLOWER}")
-SEARCH = Bar("at least", 1.0, f"the search runs on the device by default; {NOT_SLOWER}")
-SAME_KNN = Bar("at most", 0.1, "rounding may change the order of near ties, in a query of a thousand at most")
-HEADS = Bar("at least", 1.0, f"1.2 on one CPU thread at 4 images (docs/results.md, Speed of a step); {NOT_SLOWER}")
-MANY_HEADS = Bar(
+COMPILED = Threshold("at least", 1.0, f"the setting `compile` promises faster steps on CUDA; {NOT_SLOWER}")
+SEARCH = Threshold("at least", 1.0, f"the search runs on the device by default; {NOT_SLOWER}")
+SAME_KNN = Threshold("at most", 0.1, "rounding may change the order of near ties, in a query of a thousand at most")
+HEADS = Threshold(
+    "at least", 1.0, f"1.2 on one CPU thread at 4 images (docs/results.md, Speed of a step); {NOT_SLOWER}"
+)
+MANY_HEADS = Threshold(
     "at least", 0.9, "0.99 to 1.00 on one CPU thread at 64 images (docs/results.md), less a tenth for noise"
 )
-PROBES = Bar("at least", 1.0, f"6.3 on two CPU cores (docs/results.md, Speed of the evaluations); {NOT_SLOWER}")
-PROBES_CPU = Bar("at least", 3.0, "half of the 6.3 of two CPU cores (docs/results.md, Speed of the evaluations)")
-VIEWS = Bar("at least", 4.0, "half of the 8.5 of one CPU thread (docs/results.md, Speed of the views)")
-SAVED = Bar("at most", 0.5, "0.36 in docs/results.md (Speed of a step), and what an allocator keeps")
+PROBES = Threshold("at least", 1.0, f"6.3 on two CPU cores (docs/results.md, Speed of the evaluations); {NOT_SLOWER}")
+PROBES_CPU = Threshold("at least", 3.0, "half of the 6.3 of two CPU cores (docs/results.md, Speed of the evaluations)")
+VIEWS = Threshold("at least", 4.0, "half of the 8.5 of one CPU thread (docs/results.md, Speed of the views)")
+SAVED = Threshold("at most", 0.5, "0.36 in docs/results.md (Speed of a step), and what an allocator keeps")
 
 
 def parts_for(device: str) -> list[Part]:
@@ -65,7 +67,10 @@ def _cuda_parts() -> list[Part]:
             ),
         ),
         Part("memory", (_large_batch(),)),
-        Part("heads", tuple(_heads(images, 3, bar) for images, bar in ((16, HEADS), (64, MANY_HEADS), (1024, None)))),
+        Part(
+            "heads",
+            tuple(_heads(images, 3, threshold) for images, threshold in ((16, HEADS), (64, MANY_HEADS), (1024, None))),
+        ),
         Part("neighbours", _neighbours(50_000, 5_000, 768, on_gpu=True)),
         Part("probes", (_probes(1024, 1000, 10, PROBES),)),
         Part("views", (_views(16, 256, on_gpu=True),)),
@@ -85,7 +90,7 @@ def _cpu_parts() -> list[Part]:
             (_gradient("quickstart", 32, 8, "fp64", EXACT), _gradient("quickstart", 32, 8, "fp32", SINGLE)),
         ),
         Part("memory", (_saved_memory(),)),
-        Part("heads", tuple(_heads(images, 3, bar) for images, bar in ((4, HEADS), (64, MANY_HEADS)))),
+        Part("heads", tuple(_heads(images, 3, threshold) for images, threshold in ((4, HEADS), (64, MANY_HEADS)))),
         Part("neighbours", _neighbours(10_000, 1_000, 128, on_gpu=False)),
         Part("probes", (_probes(96, 10, 10, PROBES_CPU),)),
         Part("views", (_views(8, 8, on_gpu=False),)),
@@ -100,8 +105,8 @@ def _tests(mark: str, files: Sequence[str], limit_s: float) -> Task:
     return Task((line,), partial(checkout.tests, line=line.name, mark=mark, files=tuple(files)), limit_s)
 
 
-def _gradient(preset: str, batch: int, micro: int, precision: str, bar: Bar | None) -> Task:
-    line = Line(f"difference of gradients, {precision}", "relative", bar)
+def _gradient(preset: str, batch: int, micro: int, precision: str, threshold: Threshold | None) -> Task:
+    line = Line(f"difference of gradients, {precision}", "relative", threshold)
     measure = partial(
         training.gradients, line=line.name, preset=preset, batch=batch, micro=micro, precision=precision
     )  # fmt: skip
@@ -118,8 +123,8 @@ def _saved_memory() -> Task:
     return Task((line,), partial(training.memory_ratio, line=line.name, preset="quickstart", batch=128, micro=32), 40)
 
 
-def _heads(images: int, repeats: int, bar: Bar | None) -> Task:
-    line = Line(f"twelve heads as one module, {images} images", "x as fast", bar)
+def _heads(images: int, repeats: int, threshold: Threshold | None) -> Task:
+    line = Line(f"twelve heads as one module, {images} images", "x as fast", threshold)
     return Task((line,), partial(training.heads, line=line.name, images=images, repeats=repeats), 30)
 
 
@@ -138,8 +143,8 @@ def _neighbours(train: int, test: int, width: int, *, on_gpu: bool) -> tuple[Tas
     return tuple(tasks)
 
 
-def _probes(width: int, classes: int, steps: int, bar: Bar) -> Task:
-    line = Line("52 probes as one module", "x as fast", bar)
+def _probes(width: int, classes: int, steps: int, threshold: Threshold) -> Task:
+    line = Line("52 probes as one module", "x as fast", threshold)
     measure = partial(judging.probes, line=line.name, width=width, classes=classes, steps=steps)
     return Task((line,), measure, 40)
 

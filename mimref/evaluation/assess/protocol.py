@@ -54,7 +54,7 @@ def assess(config: AssessConfig, *, listener: Listener | None = None, checks: Ch
     checks.finish()
     shapes = {(*each.architecture.widths, each.architecture.patch_size, each.image_size) for each in encoders}
     if len(shapes) > 1:
-        listener.warn("the encoders differ in depth, width, patches or image size, and measures depend on these")
+        listener.warn("the encoders differ in depth, width, patch size or image size, on which measures depend")
     wanted = [
         {name: inputs.columns(blocks) for name, blocks in group.items()}
         for inputs, group in zip(encoders, groups, strict=True)
@@ -104,7 +104,8 @@ def _measure(
     for name, matrix in (("crops", x), ("view 0", first), ("view 1", second)):
         check_features(matrix, f"{inputs.name}, blocks {blocks}, {name}")
     if len(x) < FEWEST_IMAGES:
-        raise DataError(f"{inputs.source(config.split).name}: {len(x)} images can be read; give {FEWEST_IMAGES}")
+        name = inputs.source(config.split).name
+        raise DataError(f"{name}: only {len(x)} images can be read; measures compare at least {FEWEST_IMAGES}")
     values = crop_measures(x, k=config.k, y=features.y, device=config.device)
     return values | view_measures(first, second, k=config.k, device=config.device), x.shape[1], len(x)
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 import numpy as np
 
 from mimref.data.decode import printable
-from mimref.data.open import how_to_label, no_labels
+from mimref.data.open import how_to_label
 from mimref.data.sources import ImageSource
 from mimref.errors import Checks, ConfigError, DataError, did_you_mean
 from mimref.evaluation.cluster.config import ClusterConfig
@@ -51,7 +51,8 @@ def check_classes(config: ClusterConfig, opened: Opened, checks: Checks, embed: 
 def _ask_for_clusters(config: ClusterConfig, opened: Opened, source: ImageSource) -> NoReturn:
     spec = (config.data if opened.inputs is None or opened.inputs.data is None else opened.inputs.data).spec or ""
     how = how_to_label(source, spec)
-    raise DataError(f"--data {printable(spec)}: {no_labels(config.split)} without --clusters N; give it, or {how}")
+    wrong = f"the {config.split} images have no labels, so the number of clusters is unknown"
+    raise DataError(f"--data {printable(spec)}: {wrong}; pass --clusters N, or {how}")
 
 
 def check_clusters(clusters: int, images: int, *, given: bool) -> None:

@@ -158,7 +158,9 @@ def _numbered(train: ImageSource, val: ImageSource) -> tuple[Indices, Indices, I
 def plain_only(architecture: EncoderArchitecture) -> Architecture:
     """Return the architecture unchanged. Raises ConfigError unless it is a plain vision transformer."""
     if not isinstance(architecture, Architecture):
-        raise ConfigError(f"fine-tuning needs a plain vision transformer, which {architecture.name} is not")
+        raise ConfigError(
+            f"fine-tuning needs a plain vision transformer, which {architecture.name} is not; see mimref probe"
+        )
     return architecture
 
 

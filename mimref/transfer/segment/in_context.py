@@ -81,7 +81,9 @@ class Memory:
         self.x = torch.cat([x for x, _ in found]).numpy()
         self.shares = torch.cat([shares for _, shares in found])
         if self.settings.k > len(self.x):
-            raise ConfigError(f"knn.k {self.settings.k} is more than the {len(self.x)} patches of training images")
+            raise ConfigError(
+                f"knn.k {self.settings.k} is more than the {len(self.x)} patches of training images; choose fewer"
+            )
 
     def _chosen(self, index: int, labelled_P: Tensor, most: int) -> Tensor:
         """Return positions of up to `most` labelled patches of an image, drawn by (seed, image, patch), in order."""

@@ -174,7 +174,8 @@ def _open_data(config: SegmentConfig, listener: Listener, checks: Checks) -> dic
 def _inputs(config: SegmentConfig, architecture: Architecture | BackboneArchitecture) -> list[HeadInput]:
     if not isinstance(architecture, Architecture):
         raise ConfigError(
-            f"{architecture.name} is not a plain vision transformer, whose patch tokens segmentation needs"
+            f"segmentation reads patch tokens of a plain vision transformer, which {architecture.name} is not; "
+            "choose another encoder"
         )
     return head_inputs(config, architecture.depth, architecture.class_token)
 
