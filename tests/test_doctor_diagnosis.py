@@ -1,6 +1,7 @@
 """Every check of the machine reports what is wrong with it: the probe is replaced, never the verdict."""
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mimref.doctor.accelerator import Build, Gpu
 from mimref.doctor.checks import Check, attempt
 from mimref.doctor.diagnosis import GROUPS, diagnose
 from mimref.errors import OutputError
+from mimref.files import cache_folder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
@@ -42,7 +44,7 @@ HEALTHY: Probes = {
     "accelerator.gpus": constant([GPU, GPU]),
     "accelerator.driver_version": constant("570.86"),
     "accelerator.torch_build": constant(BUILD),
-    "machine.cores": constant(16),
+    "machine.own_cores": constant(16),
     "machine.all_cores": constant(32),
     "machine.threads": constant(16),
     "machine.load": constant(0.5),
@@ -67,7 +69,7 @@ def version_of(**others: str | None) -> Callable[[str], str | None]:
 
 def disk(name: str, free: int) -> Callable[[Path], int]:
     """Return a probe that finds so many bytes free in one of the folders."""
-    wanted = {"cache": machine.cache_folder, "temporary": lambda: Path(machine.tempfile.gettempdir()), "cwd": Path.cwd}
+    wanted = {"cache": cache_folder, "temporary": lambda: Path(tempfile.gettempdir()), "cwd": Path.cwd}
     return lambda folder: free if folder == wanted[name]() else 100 * GIB
 
 
@@ -168,7 +170,7 @@ def test_a_probe_that_raises_ends_nothing(probe: str, monkeypatch: pytest.Monkey
     groups = [{check.name for check in attempt(group, check)} for group, check in GROUPS.items()]
     found = checks(monkeypatch, {probe: raising(RuntimeError("driver\nlost"))})
     unknown = [check for check in found.values() if "RuntimeError: driver)" in check.value]
-    assert len(unknown) == {"machine.disk_free": 3, "machine.cores": 2}.get(probe, 1)
+    assert len(unknown) == {"machine.disk_free": 3, "machine.own_cores": 2}.get(probe, 1)
     assert {check.verdict for check in unknown} == {"advice"}
     # All checks of the other groups are still present.
     assert sum(not names <= found.keys() for names in groups) <= len(unknown)

@@ -59,7 +59,7 @@ class CropBatch(NamedTuple):
 class _CropDataset(BatchDataset[CropBatch]):
     def __init__(self, source: ImageSource, transform: EvalTransform, decode_on: torch.device | None) -> None:
         super().__init__(source)
-        self.transform, self.decode_on = transform, decode_on
+        self.transform, self.decode_on = transform, None if source.in_memory else decode_on
 
     def __getitem__(self, batch: range) -> CropBatch:
         read, good, bad = self.read(batch, self._read)
@@ -80,21 +80,25 @@ class _CropDataset(BatchDataset[CropBatch]):
         return decoded._replace(image=self.transform.crop(decoded.image.contiguous()))
 
     def complete(self, batch: CropBatch) -> CropBatch:
-        """Return the batch with all its crops, on the device if it has JPEGs for it. Not for loader processes."""
-        if batch.jpegs is None or self.decode_on is None:
-            return batch
-        done = complete(
-            *(batch.jpegs, [batch.crops[:, None]], self.decode_on, self.source.decoding),
-            cut=lambda _, decoded: [self._cropped(decoded).image[None]],
-        )
-        kept = [row for row in range(len(batch.traits)) if row not in done.bad]
-        return batch._replace(
-            crops=done.crops[0][:, 0],
-            indices=[batch.indices[row] for row in kept],
-            bad=[*batch.bad, *done.bad.values()],
-            traits=[batch.traits[row] | done.traits.get(row, 0) for row in kept],
-            jpegs=None,
-        )
+        """Return the batch with all its crops, on the device if it has JPEGs for it; the source records the traits.
+
+        Not for loader processes.
+        """
+        if batch.jpegs is not None and self.decode_on is not None:
+            done = complete(
+                *(batch.jpegs, [batch.crops[:, None]], self.decode_on, self.source.decoding),
+                cut=lambda _, decoded: [self._cropped(decoded).image[None]],
+            )
+            kept = [row for row in range(len(batch.traits)) if row not in done.bad]
+            batch = batch._replace(
+                crops=done.crops[0][:, 0],
+                indices=[batch.indices[row] for row in kept],
+                bad=[*batch.bad, *done.bad.values()],
+                traits=[batch.traits[row] | done.traits.get(row, 0) for row in kept],
+                jpegs=None,
+            )
+        self.source.record(batch.indices, batch.traits)
+        return batch
 
 
 def crop_batches(
@@ -115,14 +119,8 @@ def crop_batches(
     size = len(source)
     batches = [range(at, min(size, at + batch_size)) for at in range(start, size, every * batch_size)]
 
-    dataset = _CropDataset(source, transform, None if source.in_memory else decode_on)
-
-    def recorded(batch: CropBatch) -> CropBatch:
-        batch = dataset.complete(batch)
-        source.record(batch.indices, batch.traits)
-        return batch
-
-    return map(recorded, load(dataset, batches, workers=workers))
+    dataset = _CropDataset(source, transform, decode_on)
+    return map(dataset.complete, load(dataset, batches, workers=workers))
 
 
 # --- training views
@@ -193,7 +191,8 @@ class _ViewDataset(BatchDataset[ViewBatch]):
         decode_on: torch.device | None,
     ) -> None:
         super().__init__(source)
-        self.groups, self.seed, self.decode_on = groups, seed, decode_on
+        self.groups, self.seed = groups, seed
+        self.decode_on = None if source.in_memory else decode_on
         self.preparation, self.reduce_jpeg = preparation or Preparation(), reduce_jpeg
 
     def __getitem__(self, batch: _EpochBatch) -> ViewBatch:
@@ -226,24 +225,29 @@ class _ViewDataset(BatchDataset[ViewBatch]):
         return [cut_group(decoded, group, self.seed, epoch, sample_B, channels) for group in self.groups]
 
     def complete(self, batch: ViewBatch) -> ViewBatch:
-        """Return the batch with all its crops, on the device if it has JPEGs for it. Not for loader processes."""
-        if batch.jpegs is None or self.decode_on is None:
-            return batch
+        """Return the batch with all its crops, on the device if it has JPEGs for it; the source records the traits.
+
+        Not for loader processes.
+        """
+        epoch, sample_B = batch.epoch, batch.sample_B
 
         def cut(row: int, decoded: Decoded) -> list[Tensor]:
-            return [crops[0] for crops in self._cut([decoded], batch.epoch, batch.sample_B[row : row + 1])]
+            return [crops[0] for crops in self._cut([decoded], epoch, sample_B[row : row + 1])]
 
-        done = complete(batch.jpegs, batch.crops, self.decode_on, self.source.decoding, cut)
-        kept = [row for row in range(len(batch.traits)) if row not in done.bad]
-        return replace(
-            batch,
-            crops=done.crops,
-            sample_B=batch.sample_B[kept],
-            bad=[*batch.bad, *done.bad.values()],
-            traits=[batch.traits[row] | done.traits.get(row, 0) for row in kept],
-            places=[batch.places[row] for row in kept],
-            jpegs=None,
-        )
+        if batch.jpegs is not None and self.decode_on is not None:
+            done = complete(batch.jpegs, batch.crops, self.decode_on, self.source.decoding, cut)
+            kept = [row for row in range(len(batch.traits)) if row not in done.bad]
+            batch = replace(
+                batch,
+                crops=done.crops,
+                sample_B=sample_B[kept],
+                bad=[*batch.bad, *done.bad.values()],
+                traits=[batch.traits[row] | done.traits.get(row, 0) for row in kept],
+                places=[batch.places[row] for row in kept],
+                jpegs=None,
+            )
+        self.source.record(batch.sample_B.tolist(), batch.traits)
+        return batch
 
 
 def epoch_batches(
@@ -294,15 +298,8 @@ def view_batches(
     part = slice(groups_of_rank.start * together, groups_of_rank.stop * together)
     batches = epoch_batches(len(source), batch_size, seed, epochs=epochs, skip=skip, every=every, part=part)
     assert preparation is None or decode_on is None
-    decode_on = None if source.in_memory else decode_on
     dataset = _ViewDataset(source, groups, seed, preparation=preparation, reduce_jpeg=reduce_jpeg, decode_on=decode_on)
-
-    def recorded(batch: ViewBatch) -> ViewBatch:
-        batch = dataset.complete(batch)
-        source.record(batch.sample_B.tolist(), batch.traits)
-        return batch
-
-    return map(recorded, load(dataset, batches, workers=workers, pin_memory=pin_memory))
+    return map(dataset.complete, load(dataset, batches, workers=workers, pin_memory=pin_memory))
 
 
 def view_crop_batches(
@@ -324,16 +321,13 @@ def view_crop_batches(
     size = len(source)
     firsts = range(start, size, every * batch_size)
     batches: list[_EpochBatch] = [(0, list(range(at, min(size, at + batch_size)))) for at in firsts]
-    decode_on = None if source.in_memory else decode_on
     dataset = _ViewDataset(source, [group], seed, preparation=None, reduce_jpeg=False, decode_on=decode_on)
 
-    def recorded(read: tuple[_EpochBatch, ViewBatch]) -> CropBatch:
-        (_, asked), batch = read[0], dataset.complete(read[1])
-        indices = batch.sample_B.tolist()
-        source.record(indices, batch.traits)
-        return CropBatch(asked[-1] + 1, batch.crops[0], indices, batch.bad, batch.traits)
+    def completed(asked: _EpochBatch, batch: ViewBatch) -> CropBatch:
+        batch = dataset.complete(batch)
+        return CropBatch(asked[1][-1] + 1, batch.crops[0], batch.sample_B.tolist(), batch.bad, batch.traits)
 
-    return map(recorded, zip(batches, load(dataset, batches, workers=workers), strict=True))
+    return starmap(completed, zip(batches, load(dataset, batches, workers=workers), strict=True))
 
 
 def check_batch_size(batch_size: int, images: int) -> None:

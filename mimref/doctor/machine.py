@@ -3,7 +3,6 @@
 import os
 import resource
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from mimref.devices import own_cores
 from mimref.doctor.checks import Check, gib
 from mimref.errors import OutputError
-from mimref.files import cache_folder, check_writable
+from mimref.files import check_writable
 
 NCCL_SHARED_BYTES = 2**30
 """NVIDIA's containers are started with this much (`--shm-size=1g`)."""
@@ -26,11 +25,6 @@ DISK_USUAL_BYTES = 20 * 2**30
 """A state of ViT-L/16 takes at most 7.2 GiB (`mimref benchmark cost --preset mae_l16`), and a new one is written while
 the previous one still exists."""
 SHARED_MEMORY = Path("/dev/shm")
-
-
-def cores() -> int:
-    """Return the number of cores that affinity and container allow this process."""
-    return own_cores()
 
 
 def all_cores() -> int:
@@ -76,7 +70,7 @@ def disk_free(folder: Path) -> int:
 
 def cores_check() -> Check:
     """Compare the cores with torch's threads."""
-    own, used, there = cores(), threads(), all_cores()
+    own, used, there = own_cores(), threads(), all_cores()
     value = f"{own} of {there}, torch uses {used} thread{'s' * (used > 1)}"
     if used > own:
         todo = f"threads wait for each other: set OMP_NUM_THREADS={own}, or give the job more cores"
@@ -107,10 +101,10 @@ def shared_memory_check() -> Check:
 
 def open_files_check() -> Check:
     """Compare the limit of open files with the needs of loader processes, one per core."""
-    limit, least = open_files(), _FILES_OF_A_PROCESS + _FILES_OF_A_WORKER * cores()
+    limit, least = open_files(), _FILES_OF_A_PROCESS + _FILES_OF_A_WORKER * own_cores()
     value = "no limit" if limit >= 2**31 else f"{limit:,}"
     if limit < least:
-        todo = f"{cores()} loader processes and the run need up to {least}: `ulimit -n {max(least, FILES_USUAL)}`"
+        todo = f"{own_cores()} loader processes and the run need up to {least}: `ulimit -n {max(least, FILES_USUAL)}`"
         return Check("open files", value, "problem", todo)
     if limit < FILES_USUAL:
         return Check(
@@ -119,22 +113,8 @@ def open_files_check() -> Check:
     return Check("open files", value)
 
 
-def cache_disk_check() -> Check:
-    """Check the space for cached features and downloaded weights."""
-    return _disk("disk of the cache", cache_folder(), "set MIMREF_CACHE to another folder")
-
-
-def temporary_disk_check() -> Check:
-    """Check the space for temporary files."""
-    return _disk("disk of temporary files", Path(tempfile.gettempdir()), "set TMPDIR to another folder")
-
-
-def current_disk_check() -> Check:
-    """Check the space for runs, whose folders are in the current one by default."""
-    return _disk("disk of this folder", Path.cwd(), "name another one with --out")
-
-
-def _disk(name: str, folder: Path, other: str) -> Check:
+def disk_check(name: str, folder: Path, other: str) -> Check:
+    """Check the space in a folder. other: how to use another one."""
     try:
         free = disk_free(folder)
     except OutputError:

@@ -42,14 +42,6 @@ class FeatureFiles:
         """Return all features of a split: columns `cls` of blocks 1, 2, ..."""
         return self._features[split]
 
-    def labels(self, split: Split) -> NDArray[np.int64] | None:
-        """Return the labels, `y`."""
-        return self._features[split].y
-
-    def class_names(self, split: Split) -> list[str] | None:
-        """Return `class_names`, if the file has them."""
-        return self._features[split].class_names
-
 
 def read_features(path: str) -> Features:
     """Read one file. Raises DataError for a file that is damaged or has other content."""

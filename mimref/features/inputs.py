@@ -182,10 +182,6 @@ class EncoderInputs:
                 self._add(split, self._cached.pop(split), tell=False)  # rank 0 has
         return self._features[split]
 
-    def class_names(self, split: Split) -> list[str] | None:
-        """Return the names of classes 0, 1, ..."""
-        return self.source(split).class_names
-
     def tell(self, split: Split, lines: Sequence[str] | None = None) -> None:
         """Warn about peculiarities of the images; lines: those cached with their features."""
         for line in self.source(split).peculiarities(f"{SPLIT_NAMES[split]} images") if lines is None else lines:

@@ -48,13 +48,13 @@ class Opened:
     def labels(self, split: Split) -> Labels | None:
         """Return the labels of all images, if they are known."""
         if isinstance(self.inputs, FeatureFiles):
-            return self.inputs.labels(split)
+            return self.inputs.features(split).y
         return self.sources[split].labels if split in self.sources else None
 
     def class_names(self, split: Split) -> list[str] | None:
         """Return the names of classes 0, 1, ..., if they are known."""
         if isinstance(self.inputs, FeatureFiles):
-            return self.inputs.class_names(split)
+            return self.inputs.features(split).class_names
         return self.sources[split].class_names if split in self.sources else None
 
 

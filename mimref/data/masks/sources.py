@@ -5,7 +5,6 @@ Masks are images of one channel whose values are class numbers; a palette only c
 
 import hashlib
 import io
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -44,38 +43,15 @@ class Coding:
         return torch.from_numpy(labels.astype(np.int16))
 
 
-class MaskSource(ABC):
-    """The masks of a list of images, in the same order."""
-
-    coding: Coding
-
-    @abstractmethod
-    def read(self, index: int) -> Tensor:
-        """Return the classes (H, W) int16 of one image. Raises DataError for a mask that cannot be used."""
-
-    @abstractmethod
-    def path(self, index: int) -> str:
-        """Return a name of the mask for messages."""
-
-    @abstractmethod
-    def select(self, rows: Indices) -> None:
-        """Drop all but these masks."""
-
-    @property
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """SHA-256 in hex over what identifies the masks."""
-
-
 @dataclass(eq=False)
-class EncodedMasks(MaskSource):
+class EncodedMasks:
     """Masks in files below one folder, or in the cells of a table."""
 
     source: FileSource | TableSource
     coding: Coding
 
     def read(self, index: int) -> Tensor:
-        """See `MaskSource`."""
+        """Return the classes (H, W) int16 of one image. Raises DataError for a mask that cannot be used."""
         try:
             file = self.source.file(index)
         except BadImage as error:
@@ -87,7 +63,7 @@ class EncodedMasks(MaskSource):
         return self.source.path(index)
 
     def select(self, rows: Indices) -> None:
-        """See `MaskSource`."""
+        """Drop all but these masks."""
         self.source.select(rows)
 
     @property
@@ -97,7 +73,7 @@ class EncodedMasks(MaskSource):
 
 
 @dataclass(eq=False)
-class ArrayMasks(MaskSource):
+class ArrayMasks:
     """Classes in memory, int16 (N, H, W)."""
 
     masks: NDArray[np.int16]
@@ -105,7 +81,7 @@ class ArrayMasks(MaskSource):
     coding: Coding = Coding()
 
     def read(self, index: int) -> Tensor:
-        """See `MaskSource`."""
+        """Return the classes (H, W) int16 of one image."""
         return torch.from_numpy(self.masks[index].copy())
 
     def path(self, index: int) -> str:
@@ -113,7 +89,7 @@ class ArrayMasks(MaskSource):
         return f"{self.name}/{index}"
 
     def select(self, rows: Indices) -> None:
-        """See `MaskSource`."""
+        """Drop all but these masks."""
         self.masks = self.masks[rows]
 
     @property
@@ -141,7 +117,7 @@ class Pairs:
     """Images with a class for every pixel."""
 
     images: ArraySource | FileSource | TableSource
-    masks: MaskSource
+    masks: EncodedMasks | ArrayMasks
     class_names: list[str]
     """Names of classes 0, 1, ...; empty until their number is known."""
     notices: Sequence[str] = field(default=())

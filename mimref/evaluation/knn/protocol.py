@@ -76,7 +76,7 @@ def evaluate_knn(
             tau=config.tau,
             standardize=config.standardize,
             per_class=config.per_class,
-            class_names=inputs.class_names("train"),
+            class_names=opened.class_names("train"),
             device=config.device,
             progress=partial(listener.progress, progress_label("nearest neighbours", where)),
         )

@@ -75,7 +75,7 @@ def evaluate_lowshot(
             shots=config.shots,
             splits=splits,
             seed=config.seed,
-            class_names=inputs.class_names("train"),
+            class_names=opened.class_names("train"),
             progress=partial(listener.progress, progress_label("logistic regressions", where)),
         )
         rows += named(found, inputs.name, where)

@@ -5,7 +5,6 @@ Shapes: B images, C classes.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,28 +16,17 @@ from mimref.data.sources import ImageSource
 from mimref.distributed.collectives import gather_lists, total_over_ranks
 from mimref.distributed.group import own_rank, world_size
 from mimref.encoders.classifier import Classifier
-from mimref.features.encode import Column, PassSettings, encode_columns
+from mimref.features.encode import Batch, Column, PassSettings, encode_columns
 from mimref.progress import Progress
-
-
-class LogitBatch(NamedTuple):
-    """Logits of consecutive images in a data set."""
-
-    end: int
-    """Position in the data set after the last image of the batch."""
-    indices: list[int]
-    """Positions in the data set of the images that could be read."""
-    logits_BC: Tensor
-    """Their logits, float32 on the CPU."""
-    bad: list[tuple[str, str]]
-    """Path and reason of every image that could not be read."""
 
 
 @torch.inference_mode()
 def classify(
     classifier: Classifier, source: ImageSource, settings: PassSettings, start: int = 0, every: int = 1
-) -> Iterator[LogitBatch]:
-    """Yield the logits of all images from position `start` on, from one pass of the encoder in evaluation mode.
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield batches of all images from position `start` on, each with its logits (B, C), float32 on the CPU.
+
+    One pass of the encoder in evaluation mode.
 
     every: classify every n-th batch only; other processes classify the others. Raises DataError if too many images are
     unreadable.
@@ -49,7 +37,7 @@ def classify(
         if batch.columns:
             pooled_BD = torch.from_numpy(batch.columns[0]).to(settings.device)
             logits_BC = classifier.logits(pooled_BD).cpu()
-        yield LogitBatch(batch.end, batch.indices, logits_BC, batch.bad)
+        yield batch, logits_BC
 
 
 @dataclass(frozen=True)
@@ -80,10 +68,9 @@ def accuracy(
     """
     ranks, hits, images, bad = world_size(), np.zeros(2, dtype=np.int64), 0, list[tuple[str, str]]()
     competing = classifier.num_classes if among is None else len(among)
-    for batch in classify(classifier, source, settings, own_rank() * settings.batch_size, ranks):
+    for batch, logits_BC in classify(classifier, source, settings, own_rank() * settings.batch_size, ranks):
         truth_B1 = torch.from_numpy(labels[batch.indices])[:, None]
-        logits_BC = batch.logits_BC if among is None else batch.logits_BC[:, among]
-        ranked_BK = logits_BC.topk(min(5, competing)).indices
+        ranked_BK = (logits_BC if among is None else logits_BC[:, among]).topk(min(5, competing)).indices
         right_BK = ranked_BK == truth_B1
         hits += [int(right_BK[:, 0].sum()), int(right_BK.sum())]
         images += len(batch.indices)

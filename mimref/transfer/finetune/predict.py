@@ -59,8 +59,8 @@ def predict(
     table, bad, count = StringIO(), list[tuple[str, str]](), 0
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["path", "label", "probability"])
-    for batch in classify(classifier.to(device), source, settings):
-        probabilities, numbers = batch.logits_BC.softmax(dim=1).max(dim=1)
+    for batch, logits_BC in classify(classifier.to(device), source, settings):
+        probabilities, numbers = logits_BC.softmax(dim=1).max(dim=1)
         for index, number, probability in zip(batch.indices, numbers.tolist(), probabilities.tolist(), strict=True):
             writer.writerow([printable(source.path(index)), classes[number], f"{probability:.6g}"])
         count, bad = count + len(batch.indices), bad + batch.bad

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from mimref.config.base import CommandConfig, Fraction, Positive, PositiveRange, ReadingConfig, Section, Temperatures
 from mimref.config.masks import MasksConfig, MosaicsConfig
+from mimref.config.presets import merge_tables
 
 Protocol = Literal["paper", "dinov2", "knn"]
 Upsampling = Literal["bilinear", "nearest"]
@@ -136,13 +137,4 @@ class SegmentConfig(CommandConfig):
         """The protocol's values where none are given."""
         protocol = table.get("protocol") if isinstance(table, dict) else None
         changes = CHANGES.get(protocol) if isinstance(protocol, str) else None
-        return table if changes is None else _below(changes, table)
-
-
-def _below(changes: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
-    """`table` over `changes`; a section that is an object already stays as it is."""
-    merged = changes | table
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(table.get(key), dict):
-            merged[key] = value | table[key]
-    return merged
+        return table if changes is None else merge_tables(changes, table)
