@@ -102,8 +102,11 @@ def test_several_columns_of_images(tmp_path: Path, kind: str) -> None:
     content = pa.table({"left": cells([1, 2]), "right": cells([3, 4])})
     write_as(kind, tmp_path / "a", [declared(content, left=IMAGE, right=IMAGE)], [table([0])])
     refused(tmp_path / "a", r"several columns of images: left, right; --set data\.image=left")
-    for side, found in (("left", [1, 2]), ("right", [3, 4])):
-        assert numbers(opened(tmp_path / "a", image=side)) == found
+    sides = {side: opened(tmp_path / "a", image=side) for side in ("left", "right")}
+    assert {side: numbers(source) for side, source in sides.items()} == {"left": [1, 2], "right": [3, 4]}
+    # Cached features of one column are not those of the other.
+    assert sides["left"].fingerprint != sides["right"].fingerprint
+    assert sides["left"].fingerprint == opened(tmp_path / "a", image="left").fingerprint
     content = pa.table({"image": cells([1, 2]), "mask": cells([3, 4])})
     write_as(kind, tmp_path / "b", [declared(content, image=IMAGE, mask=IMAGE)], [table([0])])
     source = opened(tmp_path / "b")

@@ -31,6 +31,7 @@ from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn
 from mimref.features import opening
 from mimref.features.config import CacheConfig
+from tests.cli.test_channels import write_images as write_channels
 from tests.tiny import ARCHITECTURE, write_images, write_labelled, write_unlabelled, write_weights
 
 
@@ -276,6 +277,34 @@ def test_weights_of_unknown_architecture_have_that_of_the_others(
     assert run([*line, "--out", str(tmp_path / "both")]) == 2
     assert "--arch test_convnext" in capsys.readouterr().err
     assert run([*line, "--out", str(tmp_path / "both"), "--arch", "test_convnext"]) == 0
+
+
+def test_channels_are_adapted_as_asked(
+    ends: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    measure = module.evaluate_knn
+
+    def watching(config: KnnConfig, **options: Any) -> Any:
+        asked.append((config.encoder.channel_init, config.encoder.color_channels))
+        return measure(config, **options)
+
+    monkeypatch.setattr(module, "evaluate_knn", watching)
+    images = write_channels(tmp_path / "data", 4, "npy")
+    line = [
+        "interpolate",
+        *map(str, ends),
+        "--alpha",
+        "0.5",
+        "--data",
+        str(images),
+        "--channels",
+        "4",
+        "--workers",
+        "0",
+    ]
+    assert run([*line, "--set", "encoder.channel_init=sum", "--out", str(tmp_path / "out")]) == 0
+    assert asked == [("sum", None)]
 
 
 @pytest.mark.parametrize("choose", [None, "assess"])

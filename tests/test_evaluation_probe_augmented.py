@@ -15,11 +15,12 @@ from mimref.data.sources import ArraySource
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.vit import Architecture, Encoder, build_encoder
 from mimref.errors import ConfigError, DataError
+from mimref.evaluation.probe.attentive import TokenShape
 from mimref.evaluation.probe.augmented import probe_inputs
 from mimref.evaluation.probe.config import ProbeTrainingConfig
 from mimref.evaluation.probe.ensemble import Norm, ProbeEnsemble
 from mimref.evaluation.probe.grid import ProbeInput
-from mimref.evaluation.probe.streamed import EncodedImages, probe_encoded
+from mimref.evaluation.probe.streamed import EncodedImages, Examined, probe_encoded
 from mimref.features.encode import Column, Features, PassSettings, extract
 from mimref.progress import Progress
 from mimref.results import Row
@@ -272,6 +273,37 @@ def test_unreadable_images(encoder: Encoder) -> None:
     assert len(probed(encoder, source("train", 40, range(9)), test=test, batch_size=4, norm="batch")) == 9
     with pytest.raises(DataError, match=r"more than data\.max_bad=2"):
         probed(encoder, source("train", 40, range(9)), test=test, max_bad=2)
+
+
+def test_each_split_may_have_as_many_unreadable_images(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(job, "SAVE_COST", 0.0)
+    train, val = source("train", 40, range(3)), source("val", 20, range(3))
+    groups = probe_inputs(encoder.depth, encoder.has_cls_token, norm="none")
+    shapes = [TokenShape(1, (encoder.embed_dim,) * len(columns)) for columns in groups.values()]
+
+    def probing(stop: int | None = None) -> list[tuple[str, str]]:
+        def progress(done: int, total: int) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        images = EncodedImages(encoder, groups, replace(SETTINGS, max_bad=3))
+        settings = ProbeTrainingConfig(lr=[0.1], epochs=2, batch_size=10)
+        return probe_encoded(
+            *(images, train, Examined(val, {}), settings, 0),
+            augment=False,
+            shapes=shapes,
+            state=tmp_path / "state",
+            progress=progress,
+        )[1]
+
+    with pytest.raises(KeyboardInterrupt):
+        probing(stop=8)
+    # Those of training are listed as well if the run resumes after training.
+    places = [f"noise/{split}/{number}" for split in ("train", "val") for number in range(3)]
+    assert [path for path, _ in probing()] == places
 
 
 def test_images_that_cannot_be_used(encoder: Encoder) -> None:

@@ -6,15 +6,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from mimref.config.base import dump_config
+from mimref.config.base import DataConfig, dump_config
 from mimref.config.load import load_config
 from mimref.errors import ConfigError
+from mimref.evaluation.blocks.config import BlocksConfig
 from mimref.files import write_bytes
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.run import refine
+from mimref.reproduce import worker
 from mimref.reproduce.config import AblationsConfig
 from mimref.reproduce.plan import Suite, check_earlier, make_suite, same_heads
-from tests.tiny import EVALUATED, REFINE, refine_config, tensors, write_labelled, write_weights
+from tests.tiny import EVALUATED, REFINE, refine_config, results, tensors, write_labelled, write_weights
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,23 @@ def test_equal_settings_run_once_with_every_seed(folder: Path) -> None:
     assert made.names[5:10] == ["default", *["a-3-heads"] * 3, "default"]
     assert len({(dump_config(run.config), run.config.seed) for run in made.refinements}) == len(names)
     assert [run.name for run in made.curves] == ["blocks-base", "blocks-default-seed3", "blocks-default-seed5"]
+
+
+def test_the_bases_curve_is_of_the_same_image_size(folder: Path) -> None:
+    for changes, size in ({}, 16), ({"encoder__image_size": 32}, 32):
+        base = suite(folder, seeds=[0], tables=["e"], **changes).curves[0].config
+        assert isinstance(base, BlocksConfig) and base.resolution == size
+
+
+def test_curves_list_the_images_left_out(folder: Path, tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "data")
+    (bad := data / "val" / "a" / "000.png").write_bytes(b"no image")
+    base = (
+        suite(folder, seeds=[0], tables=["e"]).curves[0].config.model_copy(update={"data": DataConfig(spec=str(data))})
+    )
+    (tmp_path / "settings.toml").write_text(dump_config(base))
+    worker.work("analyze-blocks", tmp_path / "settings.toml", tmp_path / "out")
+    assert [each["path"] for each in results(tmp_path / "out")["bad_images"]] == [str(bad)]
 
 
 def test_names_do_not_depend_on_the_tables(folder: Path) -> None:

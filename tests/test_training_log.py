@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mimref.config.run import MonitorConfig
-from mimref.errors import ConfigError
+from mimref.errors import ConfigError, DataError
 from mimref.progress import Silent
 from mimref.refinement.config import RefineConfig
 from mimref.training import trackers
@@ -104,6 +104,15 @@ def test_skipped_images_are_told_when_they_are_known_and_when_there_are_more() -
     skipped.add([("a.png", "empty file"), ("b.png", "truncated")])
     skipped.report(once=True)
     skipped.add_evaluated([("d.png", "not an image"), ("c.png", "not an image")])
+    resumed, strict = SkippedImages(2, Silent()), SkippedImages(1, Silent())
+    resumed.load_state(skipped.state())
+    assert resumed.items == skipped.items
+    resumed.gather()  # evaluated images do not count against the limit
+    with pytest.raises(DataError):
+        strict.load_state(skipped.state())
+    older = SkippedImages(9, Silent())
+    older.load_state(skipped.items)
+    assert older.items == skipped.items
     skipped.report()
     skipped.report()
     first, last = heard.lines

@@ -255,6 +255,12 @@ def test_unreadable_images_are_left_out_and_told(folder: Path, tmp_path: Path) -
         image.write_bytes(b"no image")
     finetune(finetune_config(folder / "encoder.safetensors", data), tmp_path / "out")
     assert [each["path"] for each in results(tmp_path / "out")["bad_images"]] == [str(path) for path in bad]
+    # Each split may have as many as data.max_bad allows, also after a resume.
+    config = finetune_config(folder / "encoder.safetensors", data, data__max_bad=1)
+    with pytest.raises(Interrupted):
+        finetune(config, tmp_path / "one each", listener=signal_at(5, what="fine-tuning"))
+    finetune(config, tmp_path / "one each", resume=True)
+    assert results(tmp_path / "one each")["bad_images"] == results(tmp_path / "out")["bad_images"]
 
 
 # --- what cannot be fine-tuned

@@ -127,6 +127,32 @@ def test_every_variant_equals_ddp_and_one_process(name: str, world: int, folder:
     assert_equal_runs(tmp_path, {name: (FAST | SLOW)[name]}, world)
 
 
+def in_bfloat16(folder: Path) -> None:
+    config = finetune_config(folder / "encoder.safetensors", folder / "data", **SETTINGS, shard=True, precision="bf16")
+    result = FineTuning.result
+
+    def checking(self: FineTuning) -> Any:
+        found = result(self)
+        assert found.head.weight.dtype is torch.float32 and found.fc_norm is not None
+        assert found.encoder.vit.blocks[0].attn.qkv.weight.dtype is torch.bfloat16
+        return found
+
+    FineTuning.result = checking  # type: ignore[method-assign]
+    finetune(config, folder / "bfloat16")
+    FineTuning.result = result  # type: ignore[method-assign]
+
+
+def test_validation_in_bfloat16_has_logits_of_full_precision(folder: Path) -> None:
+    run_ranks(in_bfloat16, 2, folder / "bfloat16 group", folder)
+    config = finetune_config(folder / "encoder.safetensors", folder / "data", **SETTINGS, precision="bf16")
+    finetune(config, folder / "bfloat16 alone")
+    found, expected = (
+        {(row["metric"], row["selected"]): row["value"] for row in results(folder / name)["metrics"]}
+        for name in ("bfloat16", "bfloat16 alone")
+    )
+    assert found.keys() == expected.keys() and found == pytest.approx(expected, abs=10)
+
+
 def first_signals(folder: Path) -> None:
     with pytest.raises(Interrupted):
         config = finetune_config(folder / "encoder.safetensors", folder / "data", **SETTINGS, shard=True)

@@ -1,6 +1,7 @@
 """Heads trained together against heads trained alone with torch's own modules; schedules, losses and states."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimref.config.load import load_config
-from mimref.data.masks.sources import UNLABELLED, Pairs
+from mimref.data.masks.sources import UNLABELLED, Coding, Pairs
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.vit import build_encoder
 from mimref.errors import ConfigError, OutputError
@@ -214,6 +215,9 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
             job(pairs, state, **settings, seed=3).run("weights", None)
         with pytest.raises(ConfigError, match="set of images or encoder"):
             job(pairs, state, **settings).run("other weights", None)
+        shifted = replace(pairs, masks=replace(pairs.masks, coding=Coding(first=1)))
+        with pytest.raises(ConfigError, match="set of images or encoder"):
+            job(shifted, state, **settings).run("weights", None)
         state.write_bytes(state.read_bytes()[:-100])
         with pytest.raises(OutputError, match="damaged state"):
             job(pairs, state, **settings).run("weights", None)

@@ -161,6 +161,18 @@ def test_a_full_disk_stops_the_suite(folder: Path, monkeypatch: pytest.MonkeyPat
         run_suite(suite(folder), folder / "out")
 
 
+def test_an_entry_of_several_results_stops_no_other(folder: Path) -> None:
+    for name, count in (("one", 1), ("two", 2)):
+        lines = [f"train/{label}/{number:03}.png" for label in "ab" for number in range(count)]
+        (folder / f"{name}.txt").write_text("\n".join(line.removeprefix("train/") for line in lines))
+    files = [str(folder / f"{name}.txt") for name in ("one", "two")]
+    shots = {"name": "shots", "data": str(folder / "one"), "protocol": "lowshot", "settings": {"split_files": files}}
+    for resume in (False, True):
+        result = run_suite(suite(folder, [shots, *entries(folder)[:1]]), folder / "out", resume=resume)
+        assert len(result.failed) == 2 and all("'shots'" in str(error) for error in result.failed)
+        assert {row["entry"] for row in result.rows if "entry" in row} == {"first"}
+
+
 def refused(config: SuiteConfig, out: Path, **options: Any) -> list[str]:
     with pytest.raises(UserError) as caught:
         run_suite(config, out, **options)

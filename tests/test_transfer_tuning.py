@@ -10,7 +10,7 @@ import pytest
 
 from mimref.config.load import load_config
 from mimref.data.readers.vtab import VTAB_1K_NAMES
-from mimref.errors import Checks, ConfigError
+from mimref.errors import Checks, ConfigError, DivergenceError
 from mimref.progress import Silent
 from mimref.transfer.finetune.config import FinetuneConfig
 from mimref.transfer.finetune.plan import make_plan
@@ -137,6 +137,39 @@ def test_mistakes(folder: Path) -> None:
     assert "'tuned'" in message and "finetune" in message and "knn" in message
     found = run_suite(suite(folder, tune_data=str(folder / "gone")), folder / "out")
     assert len(found.failed) == 1 and "gone" in str(found.failed[0]) and found.rows == []
+
+
+def test_a_rate_that_diverges_is_not_chosen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverging(config: FinetuneConfig, out: Path, **options: Any) -> Any:
+        if config.finetune.lr == 1e-1 or (config.finetune.lr == 1e-2 and config.seed == 5):
+            raise DivergenceError("the loss is not finite")
+        return finetune(config, out, **options)
+
+    monkeypatch.setattr(tuning, "finetune", diverging)
+    found = run_suite(suite(folder), folder / "out")
+    assert found.failed == []
+    rows = results(folder / "out" / "tuned" / "base.safetensors")["metrics"]
+    assert [row["lr"] for row in rows if row["metric"] == "finetune_top1"] == [1e-3]
+    tuned = {row["lr"]: row["value"] for row in rows if row["metric"] == "tune_top1"}
+    assert tuned.keys() == {1e-3, 1e-2, 1e-1} and tuned[1e-2] == tuned[1e-1] == 0 and tuned[1e-3] > 0
+
+
+def test_finished_runs_of_an_unfinished_entry_are_not_mixed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(config: FinetuneConfig, out: Path, **options: Any) -> Any:
+        if out.parent.name == "final":
+            raise Killed
+        return finetune(config, out, **options)
+
+    config = suite(folder, learning_rates=[1e-3, 1e-2], seeds=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning, "finetune", failing)
+        with pytest.raises(Killed):
+            run_suite(config, folder / "out")
+    write_labelled(folder / "other")
+    other = suite(folder, learning_rates=[1e-3, 1e-2], seeds=1, tune_data=str(folder / "other"))
+    (error,) = run_suite(other, folder / "out", resume=True).failed
+    assert "data.spec" in str(error) and "lr0.001" in str(error)
+    assert run_suite(config, folder / "out", resume=True).failed == []
 
 
 def test_a_changed_batch_size_is_another_fine_tuning(folder: Path) -> None:

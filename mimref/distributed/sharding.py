@@ -77,26 +77,39 @@ class Sharded:
         return {name: weight.detach() for name, weight in self.module.named_parameters(remove_duplicate=False)}
 
     def plain(
-        self, weights: Mapping[str, Tensor], device: torch.device, *, precision: torch.dtype = torch.float32
+        self,
+        weights: Mapping[str, Tensor],
+        device: torch.device,
+        *,
+        precision: torch.dtype = torch.float32,
+        uncast: str = "",
     ) -> nn.Module:
         """Return an ordinary copy in evaluation mode on every rank, with the module's buffers. Call it on all ranks.
 
-        weights: the module's own, or averages of them. precision: used by later passes; the copy is cast as by `lean`.
+        weights: the module's own, or averages of them. precision: used by later passes; the copy is cast as by `lean`,
+        except for a child named `uncast`, which is used without autocast.
         """
-        return self._copied(weights, device, precision, keep=True)
+        return self._copied(weights, device, precision, keep=True, uncast=uncast)
 
     def plain_on_first(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """Gather such a copy on the CPU of rank 0; on other ranks its weights have no values. Call it on all ranks."""
         return self._copied(weights, torch.device("cpu"), torch.float32, keep=own_rank() == 0)
 
     def _copied(
-        self, weights: Mapping[str, Tensor], device: torch.device, precision: torch.dtype, *, keep: bool
+        self,
+        weights: Mapping[str, Tensor],
+        device: torch.device,
+        precision: torch.dtype,
+        *,
+        keep: bool,
+        uncast: str = "",
     ) -> nn.Module:
         copy = deepcopy(self._skeleton)
         for name, owner, leaf in _places(copy):
             whole = gathered(weights[name])
             if keep:
-                kind = precision if _is_cast(owner, precision) else whole.dtype
+                is_cast = _is_cast(owner, precision) and name.partition(".")[0] != uncast
+                kind = precision if is_cast else whole.dtype
                 owner._parameters[leaf] = nn.Parameter(whole.to(device, kind), requires_grad=False)
         for own, current in zip(copy.modules(), self.module.modules(), strict=True):
             for leaf, buffer in current._buffers.items():

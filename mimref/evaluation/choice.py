@@ -24,7 +24,7 @@ HELD_OUT = 0.2
 def check_held_out(source: ImageSource) -> None:
     """Raise DataError, before an encoder runs, if no part with every class can be held out."""
     assert source.labels is not None
-    counts = np.unique_counts(source.labels).counts
+    counts = np.unique(source.labels, return_counts=True)[1]
     held = int(np.ceil(HELD_OUT * len(source)))
     if counts.min() < 2 or held < len(counts):
         raise DataError(

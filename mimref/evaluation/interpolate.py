@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mimref.config.base import CommandConfig
+from mimref.config.base import CommandConfig, ReadingConfig
 from mimref.data.sources import ImageSource, Split
 from mimref.encoders.backbones import TimmBackbone, TokenEncoder
 from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint, save_encoder
@@ -47,7 +47,9 @@ class _Ends:
     def common(self) -> dict[str, Any]:
         """Settings of every evaluation. Features are not cached: those of an average are not needed again."""
         own = {name: getattr(self.config, name) for name in CommandConfig.model_fields}
-        return own | {"cache": CacheConfig(folder="off")}
+        asked = self.config.encoder
+        channels = ReadingConfig(channel_init=asked.channel_init, color_channels=asked.color_channels)
+        return own | {"cache": CacheConfig(folder="off"), "encoder": channels}
 
     def write(self, file: Path, alpha: float, *, chosen_by: str | None = None) -> None:
         """Write an average, with its origin and the facts that the refined weights' header records."""

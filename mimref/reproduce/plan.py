@@ -178,6 +178,7 @@ def _curves(plan: Plan, default: RefineConfig, seeds: list[int], out: Path) -> l
             "encoder": reading,
             "arch": None if encoder.arch == "custom" else encoder.arch,
             "source": encoder.source,
+            "resolution": encoder.image_size,
         }
     )
     curves = [Run("blocks-base", base, out)]

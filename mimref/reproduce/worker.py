@@ -42,7 +42,8 @@ def work(command: str, settings: Path, folder: Path) -> None:
         return
     config = load_config(BlocksConfig, str(settings))
     result = evaluate_blocks(config, listener=listener)
-    write_results(folder, command, config.model_dump(mode="json"), result.elapsed_s, result.rows)
+    used, bad = config.model_dump(mode="json"), result.bad_images
+    write_results(folder, command, used, result.elapsed_s, result.rows, bad_images=bad)
 
 
 def _stop_when_left() -> None:

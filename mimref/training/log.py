@@ -7,6 +7,7 @@ from typing import Any
 
 from mimref.config.run import TrainingConfig
 from mimref.data.decode import BadImages, skipped_line
+from mimref.distributed.collectives import gather_lists
 from mimref.distributed.group import own_rank
 from mimref.errors import OutputError
 from mimref.files import write_bytes
@@ -111,6 +112,21 @@ class SkippedImages:
     def add_evaluated(self, images: Iterable[tuple[str, str]]) -> None:
         """Record images that an evaluation has skipped and already counted against `data.max_bad`."""
         self._evaluated |= dict(images)
+
+    def gather(self) -> None:
+        """Exchange the images between all ranks. Raises DataError if training images exceed `data.max_bad`."""
+        self._bad.add_all(gather_lists(self._bad.items))
+        self._evaluated |= dict(gather_lists(list(self._evaluated.items())))
+
+    def state(self) -> dict[str, list[tuple[str, str]]]:
+        """Return what a resumed run needs."""
+        return {"trained": self._bad.items, "evaluated": list(self._evaluated.items())}
+
+    def load_state(self, state: Mapping[str, list[tuple[str, str]]] | list[tuple[str, str]]) -> None:
+        """Continue from a state; older versions saved one list."""
+        saved = state if isinstance(state, Mapping) else {"trained": state, "evaluated": []}
+        self._bad.add_all(saved["trained"])
+        self._evaluated |= dict(saved["evaluated"])
 
     def report(self, *, once: bool = False) -> None:
         """Warn about all images if there are more than in the last warning. once: only if there was no warning yet."""

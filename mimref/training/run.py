@@ -22,7 +22,7 @@ from mimref.data.loader import Preparation, ViewBatch, device_batches, loader_wo
 from mimref.data.sources import ImageSource
 from mimref.data.views import CropGroup
 from mimref.devices import resolve_device
-from mimref.distributed.collectives import barrier, gather_lists
+from mimref.distributed.collectives import barrier
 from mimref.distributed.group import end_group, own_rank, world_size
 from mimref.distributed.sharding import check_sharding, device_mesh, like
 from mimref.errors import Checks
@@ -271,7 +271,7 @@ class Stage(GradientJob):
         """
         run = self.run
         run.elapsed_s = self.elapsed_s
-        run.skipped.add(gather_lists(run.skipped.items))
+        run.skipped.gather()
         # A whole epoch of unreadable images, on all ranks.
         if not self.images_read and len(run.skipped.items) >= self.steps_per_epoch * run.config.batch_size:
             raise none_readable(self.source.name, run.skipped.items)
@@ -293,7 +293,7 @@ class Stage(GradientJob):
             "stage_step": self.step,
             "elapsed_s": self.elapsed_s,
             "log_lines": run.log.lines,
-            "skipped": run.skipped.items,
+            "skipped": run.skipped.state(),
             "derived": run.derived,
             "images": (len(self.all_images), self.all_images.fingerprint),
             **self.state(),
@@ -311,7 +311,7 @@ class Stage(GradientJob):
         """Continue from a state saved by this stage."""
         self.step = state["stage_step"]
         self.elapsed_s = self.run.elapsed_s = state["elapsed_s"]
-        self.run.skipped.add(state["skipped"])
+        self.run.skipped.load_state(state["skipped"])
         live = {place: {"exp_avg": weight, "exp_avg_sq": weight} for place, weight in enumerate(self.trained)}
         saved = state["optimizer"]
         self.optimizer.load_state_dict({**saved, "state": like(saved["state"], live)})

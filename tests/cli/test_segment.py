@@ -125,6 +125,7 @@ def test_mistakes_are_listed_together(folder: Path, tmp_path: Path, capsys: pyte
         (["--resume"], ["--resume", "--out DIR"]),
         (["--protocol", "knn", "--k", "500"], ["500", "48 patches"]),
         (["--set", "training.updates=none", "--epochs", "0"], ["--epochs 0"]),
+        (["--test", "slide", "--resolution", "16", "--set", "stride=17"], ["stride 17", "windows of 16 pixels"]),
     ],
 )
 def test_one_line_per_mistake(

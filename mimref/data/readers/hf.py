@@ -61,6 +61,8 @@ class TableSource(EncodedSource):
     folder: str
     files: list[str]
     """Files from which the table was read, relative to `folder`."""
+    chosen: str = ""
+    """Name of the image column, if the user chose it."""
 
     def read_reduced(self, index: int, reduce: Reduce | None) -> Decoded:
         """See `ImageSource`."""
@@ -136,9 +138,10 @@ class TableSource(EncodedSource):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 in hex over names, sizes and modification times of the files, the rows used, and their labels."""
+        """SHA-256 in hex over names, sizes and modification times of the files, rows, labels, and a chosen column."""
         files = [*self.files, *(file for path in self._named_paths() if (file := self._file(path)))]
-        return fingerprint_files(self.folder, map(os.fsencode, files), self.rows, self.labels)
+        column = np.frombuffer(self.chosen.encode(), np.uint8)
+        return fingerprint_files(self.folder, map(os.fsencode, files), self.rows, self.labels, column)
 
     def _named_paths(self) -> list[str]:
         """Return the paths in cells without the bytes of an image."""
@@ -199,7 +202,9 @@ def open_hugging_face(
         raise DataError(f"state.json of split {part.name!r} points outside the folder: {printable(outside)}")
     place = os.path.join(place, part.name) if part.name else place
     cells = table.with_format("arrow", columns=[columns.image])
-    source = TableSource(printable(spec), np.arange(len(cells)), labels, classes, cells, place, folder, files)
+    source = TableSource(
+        printable(spec), np.arange(len(cells)), labels, classes, cells, place, folder, files, data.image or ""
+    )
     source.notices = [f"{printable(spec)}: {notice}" for notice in [*unused, *columns.notices]]
     source.how_to_label = columns.how_to_label if labelled else ""
     return source

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mimref.data.decode import BadImages
 from mimref.data.labels import stratified_split
 from mimref.distributed.group import world_size
 from mimref.errors import ConfigError, DataError, DivergenceError
@@ -77,13 +78,16 @@ class ProbeGrid(Job[Batch]):
         *,
         shapes: Sequence[TokenShape] = (),
         state: Path | None = None,
+        bad: BadImages | None = None,
     ) -> None:
         """test: features (M, D) of every input, or a stream of them, which also define the inputs and their widths.
 
         shapes: token shapes of the inputs of attentive probes. state: file from which interrupted training resumes.
-        Raises DataError for features, labels or classes that cannot be used, ConfigError for too small a batch.
+        bad: records the training images that could not be read. Raises DataError for features, labels or classes that
+        cannot be used, ConfigError for too small a batch.
         """
         self.settings, self.seed, self.test, self.file = settings, seed, test, state
+        self.bad = bad or BadImages(0)
         self.label = f"{settings.kind} probes"
         if not test:
             raise DataError("test: there are no features; give those of at least one input")
@@ -157,7 +161,8 @@ class ProbeGrid(Job[Batch]):
         """Write the state, if there is a file for it. The caller removes the file once the results are written."""
         if self.file is not None:
             tensors = self.ensemble.state_dict()
-            write_state(self.file, {"settings": self.identity, "step": self.step, "ensemble": tensors})
+            content = {"settings": self.identity, "step": self.step, "ensemble": tensors, "bad": self.bad.items}
+            write_state(self.file, content)
 
     def load(self, file: Path) -> None:
         """Resume from a state file, if it exists.
@@ -169,6 +174,7 @@ class ProbeGrid(Job[Batch]):
                 return
             step = int(saved["step"])
             self.ensemble.load_state_dict(saved["ensemble"])
+            self.bad.add_all(saved.get("bad", []))  # missing in states of older versions
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise damaged_state(file, "probe") from error
         self.step = step

@@ -49,7 +49,8 @@ class EncodedImages:
     def __init__(self, encoder: TokenEncoder, groups: Mapping[ProbeInput, list[Column]], reading: PassSettings) -> None:
         self.encoder, self.groups, self.reading = encoder.eval(), groups, reading
         self.columns = list(dict.fromkeys(column for group in groups.values() for column in group))
-        self.bad = BadImages(reading.max_bad)
+        self.bad, self.bad_test = BadImages(reading.max_bad), BadImages(reading.max_bad)
+        """Training and test images that could not be read."""
 
     def encode(self, images: Tensor) -> list[Tensor]:
         """Return the columns, (B, D) float32 each, of normalised images on the device."""
@@ -57,19 +58,19 @@ class EncodedImages:
             return [column.float() for column in pooled_tokens(self.encoder, images, self.columns)]
 
     @torch.inference_mode()
-    def inputs(self, columns: list[Tensor], bad: list[tuple[str, str]]) -> list[Tensor]:
-        """Record unreadable images, and return a batch's classifier inputs: none if no image could be read."""
-        self.bad.add_all(bad)
+    def inputs(self, columns: list[Tensor]) -> list[Tensor]:
+        """Return a batch's classifier inputs: none if no image could be read."""
         if not columns:
             return []
         of_column = {name: x.to(self.reading.device) for name, x in zip(self.columns, columns, strict=True)}
         return [torch.cat([of_column[column] for column in group], dim=1) for group in self.groups.values()]
 
-    def centre_crops(self, source: ImageSource, labels: Labels) -> Iterator[Batch]:
-        """Yield batches of all images of a source, in order. labels: one per image."""
+    def centre_crops(self, source: ImageSource, bad: BadImages, labels: Labels) -> Iterator[Batch]:
+        """Yield batches of all images of a source, in order. bad: records unreadable ones. labels: one per image."""
         numbers = torch.from_numpy(labels)
         for batch in encode_columns(self.encoder, source, self.reading, self.columns):
-            inputs = self.inputs([torch.from_numpy(x) for x in batch.columns], batch.bad)
+            bad.add_all(batch.bad)
+            inputs = self.inputs([torch.from_numpy(x) for x in batch.columns])
             if inputs:
                 yield inputs, numbers[batch.indices]
 
@@ -106,8 +107,8 @@ def probe_encoded(
         examined = {key: test.matrix(columns) for key, columns in groups.items()}
     else:
         sizes = {key: shape.size for key, shape in zip(groups, shapes, strict=True)}
-        examined = TestStream(sizes, partial(images.centre_crops, test.source), test.identity)
-    grid = ProbeGrid(settings, seed, train.labels, examined, test_y, device, shapes=shapes, state=state)
+        examined = TestStream(sizes, partial(images.centre_crops, test.source, images.bad_test), test.identity)
+    grid = ProbeGrid(settings, seed, train.labels, examined, test_y, device, shapes=shapes, state=state, bad=images.bad)
     batches = _TrainingBatches(images, train, grid, augment=augment)
     if own_rank() > 0:
         batches.follow()
@@ -115,8 +116,9 @@ def probe_encoded(
     grid.train(batches.all, batches.fingerprint, progress)
     if world_size() > 1:
         end_requests()
-    held = images.centre_crops(Subset(train, grid.held_rows), grid.labels[grid.held_rows])
-    return grid.rows("augmented" if augment else "streamed", held), images.bad.items
+    held = images.centre_crops(Subset(train, grid.held_rows), images.bad, grid.labels[grid.held_rows])
+    rows = grid.rows("augmented" if augment else "streamed", held)
+    return rows, sorted({**dict(images.bad.items), **dict(images.bad_test.items)}.items())
 
 
 class _Crops(NamedTuple):
@@ -143,7 +145,8 @@ class _TrainingBatches:
         if world_size() > 1:
             request(first)
         for columns, labels, bad in take_turns(self._encoded(first), self.grid.total - first):
-            yield self.images.inputs(columns, bad), labels
+            self.images.bad.add_all(bad)
+            yield self.images.inputs(columns), labels
 
     def follow(self) -> None:
         """Encode batches for rank 0 until it ends; called on all other ranks."""

@@ -102,7 +102,9 @@ class FineTuning(Stage):
         If the classifier is sharded, this is an unsharded copy: call it on all ranks.
         """
         if self.sharded is not None:
-            found = self.sharded.plain(self._weights(self.sharded), self.device, precision=self.precision)
+            weights = self._weights(self.sharded)
+            # `classify` computes logits without autocast.
+            found = self.sharded.plain(weights, self.device, precision=self.precision, uncast="head")
         else:
             found = self.average.module if isinstance(self.average, WeightAverage) else self.classifier
         assert isinstance(found, Classifier)

@@ -131,7 +131,8 @@ class HeadsJob(Job[CropBatch]):
     def identity(self, fingerprint: str) -> dict[str, object]:
         """Return everything on which the result depends."""
         read = self.reading.transform.to_dict() | self.pairs.images.decoding.changes()
-        about = f"{self.pairs.fingerprint} {fingerprint} {json.dumps(read, sort_keys=True)} {self.reading.precision}"
+        images = f"{self.pairs.fingerprint} {self.pairs.masks.coding}"
+        about = f"{images} {fingerprint} {json.dumps(read, sort_keys=True)} {self.reading.precision}"
         return {
             "training": self.config.training.model_dump(mode="json"),
             "crops": self.config.crops.model_dump(mode="json"),

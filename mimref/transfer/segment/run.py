@@ -1,5 +1,6 @@
 """`mimref segment`: evaluates a config and returns rows of results."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -135,7 +136,12 @@ def _open(config: SegmentConfig, listener: Listener, checks: Checks) -> _Work:
             f"{architecture.depth} blocks are too few for the paper's choice; blocks {shown} are read instead"
         )
     reading = _reading(config, architecture, header, mosaics=pairs["train"].are_mosaics)
-    for notice in checkpoint.notices(architecture, [reading.transform.image_size]):
+    size = reading.transform.image_size
+    if config.stride is not None and config.stride > size:
+        raise ConfigError(
+            f"stride {config.stride} leaves gaps between windows of {size} pixels; set stride={size} or less"
+        )
+    for notice in checkpoint.notices(architecture, [size]):
         listener.note(notice)
     encoder = encoder_from(checkpoint, architecture)
     assert isinstance(encoder, Encoder)
@@ -210,7 +216,8 @@ def _linear(work: _Work, state: Path | None) -> _Result:
     config, listener = work.config, work.listener
     tokens = PatchTokens(work.encoder, work.inputs, work.reading, final_norm=config.final_norm)
     job = HeadsJob(config, work.train, tokens, work.reading, state=state)
-    job.run(work.checkpoint.fingerprint, partial(listener.progress, job.label))
+    architecture = json.dumps(work.encoder.architecture.to_dict(), sort_keys=True)
+    job.run(f"{work.checkpoint.fingerprint} {architecture}", partial(listener.progress, job.label))
     finite = job.heads.finite().tolist()
     if not any(finite):
         raise DivergenceError("every head has diverged; lower training.lr or use --precision fp32")

@@ -245,11 +245,11 @@ def _check_data(entry: Entry, listener: Listener) -> None:
 def _run_part(part: _Part, listener: Listener) -> None:
     """Evaluate one checkpoint on one entry, and write the results to its folder."""
     result = _measure(part, listener)
+    row = _main_row(part, result.rows)
     settings = part.settings if result.data is None else part.settings | {"data": result.data.model_dump(mode="json")}
     command, bad = part.config.command, result.bad_images
     write_results(part.folder, command, settings, result.elapsed_s, result.rows, bad_images=bad)
     shutil.rmtree(part.folder / "state", ignore_errors=True)
-    row = _main_row(part, result.rows)
     listener.note(f"{part.entry.name}: {row['metric']} {float(row['value']):.1f} of {part.model}")
 
 
@@ -271,8 +271,12 @@ def _main_row(part: _Part, rows: Sequence[Row]) -> Row:
     """Return the one row that the suite shows."""
     attentive = isinstance(part.config, ProbeConfig) and part.config.probe.kind == "attentive"
     metric = "attentive_top1" if attentive else METRICS[part.entry.given.protocol]
-    (row,) = (row for row in main_rows(rows) if row["metric"] == metric)
-    return row
+    found = [row for row in main_rows(rows) if row["metric"] == metric]
+    if len(found) != 1:
+        raise ConfigError(
+            f"{len(found)} results of {metric}: an entry needs a single one, such as of one number of shots"
+        )
+    return found[0]
 
 
 def _finish(

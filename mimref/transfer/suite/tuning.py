@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mimref.config.load import load_config
+from mimref.errors import Checks, DivergenceError
 from mimref.evaluation.metrics import spread
-from mimref.progress import Listener
+from mimref.progress import Listener, Silent
 from mimref.results import EvaluationResult, Row, main_rows
-from mimref.training.folder import RunFolder
+from mimref.training.folder import RunFolder, check_same, with_absolute_paths
 from mimref.training.run import TrainingResult
 from mimref.transfer.finetune.config import FinetuneConfig
+from mimref.transfer.finetune.plan import make_plan
 from mimref.transfer.finetune.run import finetune
 from mimref.transfer.suite.config import EntryConfig
 
@@ -19,9 +22,9 @@ METRIC = "finetune_top1"
 def finetune_entry(config: FinetuneConfig, entry: EntryConfig, folder: Path, listener: Listener) -> EvaluationResult:
     """Fine-tune with every learning rate and seed on `tune_data`, then with the best rate and every seed on the data.
 
-    Scores are those of the last epoch; of equally good rates, the first is chosen. Each run has its own folder below
-    `folder`, where it can be resumed; its weights are deleted once it is finished. Rows: `finetune_top1`, the mean over
-    the seeds, with `lr`; then `tune_top1` of every rate.
+    Scores are those of the last epoch; of equally good rates, the first is chosen; one that diverges scores 0. Each run
+    has its own folder below `folder`, where it can be resumed; its weights are deleted once it is finished. Rows:
+    `finetune_top1`, the mean over the seeds, with `lr`; then `tune_top1` of every rate.
     """
     lr, rows, elapsed_s, bad = config.finetune.lr, list[Row](), 0.0, list[tuple[str, str]]()
 
@@ -44,7 +47,12 @@ def finetune_entry(config: FinetuneConfig, entry: EntryConfig, folder: Path, lis
             "data": config.data.model_copy(update={"spec": entry.tune_data}),
             "finetune": config.finetune.model_copy(update={"lr": rate}),
         }
-        rows.append(mean_score("tune_top1", f"lr{rate:g}", changes) | {"lr": rate})
+        try:
+            found = mean_score("tune_top1", f"lr{rate:g}", changes)
+        except DivergenceError as error:
+            listener.note(f"{entry.name}: finetune.lr {rate:g} counts as 0: {error}")
+            found = {"metric": "tune_top1", "value": 0.0}
+        rows.append(found | {"lr": rate})
     if rows:
         lr = float(max(rows, key=lambda row: float(row["value"]))["lr"])
     best = mean_score(METRIC, "final", {"finetune": config.finetune.model_copy(update={"lr": lr})})
@@ -54,6 +62,10 @@ def finetune_entry(config: FinetuneConfig, entry: EntryConfig, folder: Path, lis
 def _run(config: FinetuneConfig, out: Path, listener: Listener) -> TrainingResult:
     """Start or continue a run, or read a finished one; delete its weights."""
     run = RunFolder(out)
+    if run.finished:
+        then = load_config(FinetuneConfig, str(out / "config.toml"))
+        now = with_absolute_paths(make_plan(config, Silent(), Checks()).config)
+        check_same(then, now, f"cannot use the finished run in {out}")
     result = finetune(config, out, resume=run.finished or run.unfinished, listener=listener)
     for weights in out.glob("*.safetensors"):
         weights.unlink()
