@@ -56,12 +56,15 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype; `auto` is bfloat16 on CUDA if supported, else float32. Raises ConfigError if unsupported."""
     if name not in ("auto", "fp32", "bf16"):
         raise ConfigError(f"precision {name!r}: choose from auto, fp32, bf16")
-    # Emulated bfloat16 is slower than float32.
-    supported = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if name == "bf16" and not supported:
+    if name == "bf16" and not supports_bf16(device):
         raise ConfigError("precision 'bf16' is not supported by this GPU; use --precision fp32")
-    chosen = name == "bf16" or (name == "auto" and device.type == "cuda" and supported)
+    chosen = name == "bf16" or (name == "auto" and device.type == "cuda" and supports_bf16(device))
     return torch.bfloat16 if chosen else torch.float32
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Return whether bfloat16 may be chosen; not on a GPU that emulates it, which is slower than float32."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -77,10 +80,11 @@ def derive_precision(recipe: Recipe[Any]) -> None:
 
 
 def adapt_precision(recipe: Recipe[Any]) -> None:
-    """Replace a preset's bfloat16 on a CPU without instructions for it, where it is many times slower than float32."""
+    """Replace a preset's bfloat16 on a device without instructions for it, where it is slower than float32."""
     device = resolve_device(recipe.config.device)
-    if recipe.config.precision == "bf16" and device.type == "cpu" and not multiplies_bf16(device):
-        recipe.adapt("precision", "fp32", "faster: this CPU has no instructions for bf16")
+    lacking = not multiplies_bf16(device) if device.type == "cpu" else not supports_bf16(device)
+    if recipe.config.precision == "bf16" and lacking:
+        recipe.adapt("precision", "fp32", f"faster: this {device.type.upper()} has no instructions for bf16")
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

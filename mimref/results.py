@@ -85,7 +85,11 @@ def named(rows: Sequence[Row], model: str, where: Row) -> list[Row]:
     return [{"model": model, "metric": row["metric"], "value": row["value"], **where, **row} for row in rows]
 
 
-_WRITTEN = ("results.csv", "exhibits.json", "assignments.csv", "report.html")
+WRITTEN = (
+    *("results.csv", "results.md", "exhibits.json", "assignments.csv", "report.html", "gallery.html", "gallery.png"),
+    *("comparison.png", "blocks.png", "assessment.png", "segments.png", "robustness.png", "suite.png"),
+)
+"""Names of files that commands other than trainings write into their output folder, besides results.json."""
 
 
 def check_folder(out: Path, force: bool) -> None:
@@ -100,8 +104,14 @@ def check_folder(out: Path, force: bool) -> None:
     elif (out / "metrics.jsonl").exists():
         # New results would look like those of that run.
         raise OutputError(f"{out}: holds an unfinished run of refine or pretrain; choose another --out")
-    elif not force and (found := next((name for name in _WRITTEN if os.path.lexists(out / name)), None)):
+    elif not force and (found := next((name for name in WRITTEN if os.path.lexists(out / name)), None)):
         raise OutputError(f"{out}: holds {found}, but no results.json; choose another --out, or --force to replace it")
+
+
+def remove_earlier(out: Path) -> None:
+    """Remove what an earlier command has written into its output folder; its results.json is replaced later."""
+    for name in WRITTEN:
+        (out / name).unlink(missing_ok=True)
 
 
 def write_results(

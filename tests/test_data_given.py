@@ -51,6 +51,18 @@ def test_forms_of_gray(form: str) -> None:
     assert torch.equal(source([GRAYS[form]]).read(0), EXPECTED[:1].expand(3, -1, -1))
 
 
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_images_are_turned_as_their_files_are(orientation: int, form: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"image.{form.lower()}"
+    Image.fromarray(RGB).save(path, form, exif=exif)
+    for how in ("exif", "file"):
+        found = source([str(path), Image.open(path)], orientation=how)
+        assert torch.equal(found.read(0), found.read(1)), how
+
+
 def test_forms_of_many() -> None:
     stacked = np.stack([RGB, RGB[::-1]])
     for images in (stacked, list(stacked), tuple(stacked), torch.from_numpy(stacked).permute(0, 3, 1, 2)):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from mimref.config.base import DataConfig
 from mimref.data.decode import BadImage
@@ -139,6 +140,16 @@ def test_images_in_lists(tmp_path: Path, kind: str, notes: bool) -> None:
     write_as(kind, tmp_path / "none", [lists([3], [])], [lists([5])])
     with pytest.raises(BadImage, match="no image in this row"):
         opened(tmp_path / "none").read(1)
+
+
+def test_files_that_lists_name_are_part_of_the_key(tmp_path: Path) -> None:
+    for number in (1, 2):
+        Image.new("L", (4, 4), number).save(tmp_path / f"{number}.png")
+    write_parquet(tmp_path / "train.parquet", pa.table({"image": [["1.png"], ["2.png"]], "label": [0, 1]}))
+    before = opened(tmp_path).fingerprint
+    assert before == opened(tmp_path).fingerprint
+    Image.new("L", (5, 4), 3).save(tmp_path / "2.png")
+    assert before != opened(tmp_path).fingerprint
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,22 @@ from torch.nn import functional as F
 
 from mimref.cli import run
 from mimref.config.load import load_config
+from mimref.config.recipe import Recipe
 from mimref.config.run import TrainingConfig
 from mimref.data.sample import Appearance
 from mimref.data.sources import ArraySource
-from mimref.devices import Machine, autocast, choose_attention, own_cores, resolve_device, resolve_precision
+from mimref.devices import (
+    Machine,
+    adapt_precision,
+    autocast,
+    choose_attention,
+    own_cores,
+    resolve_device,
+    resolve_precision,
+)
 from mimref.encoders.vit import Architecture
-from mimref.errors import ConfigError
+from mimref.errors import Checks, ConfigError
+from mimref.features.opening import check_device
 from mimref.pretraining import recipe as pretraining
 from mimref.pretraining.config import PretrainConfig
 from mimref.refinement import recipe as refinement
@@ -82,6 +92,23 @@ def test_a_presets_bfloat16_is_replaced_where_the_cpu_would_emulate_it(
     else:
         found = finetuning.fit(preset, finetuning.Labelled(10_000, 10, 10_000), GRAY, SMALL, MACHINE)[0].precision
     assert found == expected
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_a_presets_bfloat16_is_replaced_where_a_gpu_would_emulate_it(
+    native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mimref.devices.resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("mimref.features.opening.resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
+    preset = load_config(RefineConfig, "fashion_mnist", {"device": "cuda"})
+    check_device(preset, checks := Checks())
+    assert checks.passed  # it is adapted later
+    recipe = Recipe(preset)
+    adapt_precision(recipe)
+    assert recipe.config.precision == expected
+    check_device(load_config(RefineConfig, "fashion_mnist", {"precision": "bf16"}), checks)
+    assert checks.passed == native
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

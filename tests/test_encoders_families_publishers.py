@@ -113,6 +113,26 @@ def test_names_are_those_of_timms_filter_of_published_files(name: str, tmp_path:
         assert torch.equal(found.tensors[key], filtered[key]), key
 
 
+@pytest.mark.parametrize("name", ["hiera_mae", "beit", "swinv2", "dinov3"])
+def test_the_models_own_name_keeps_its_sizes(name: str, tmp_path: Path) -> None:
+    case = PUBLISHED[name]
+    torch.save(case.file(case.model()), tmp_path / "file.pth")
+    checkpoint = read_checkpoint(tmp_path / "file.pth", reading_of(name))
+    assert checkpoint.architecture is not None
+    assert choose_architecture(checkpoint, checkpoint.architecture.name) == checkpoint.architecture
+
+
+def test_settings_without_an_effect_are_told(tmp_path: Path) -> None:
+    case = PUBLISHED["dinov3"]
+    torch.save(case.file(case.model()), tmp_path / "file.pth")
+    for rule, told in (None, 0), ("mae", 1):
+        reading = reading_of("dinov3").model_copy(update={"interpolation": rule})
+        checkpoint = read_checkpoint(tmp_path / "file.pth", reading)
+        assert checkpoint.architecture is not None
+        notices = checkpoint.notices(checkpoint.architecture)
+        assert len([line for line in notices if "encoder.interpolation has no effect" in line]) == told
+
+
 @torch.no_grad()
 def test_of_two_families_one_is_chosen(tmp_path: Path) -> None:
     models = {name: PUBLISHED[name].model() for name in ("beit", "hiera")}

@@ -178,6 +178,17 @@ def test_features_of_two_encoders_have_two_keys(tmp_path: Path) -> None:
     assert one.fingerprint not in (teacher.fingerprint, student.fingerprint)
 
 
+def test_features_of_averages_have_the_averages_key(tmp_path: Path) -> None:
+    state = dict(timm_vit().state_dict())
+    found = []
+    for name, average in (("a", shifted(state)), ("b", shifted(shifted(state))), ("c", shifted(state))):
+        torch.save({"model": state, "model_ema": average}, tmp_path / f"{name}.pth")
+        checkpoint = read_checkpoint(tmp_path / f"{name}.pth")
+        assert checkpoint.recognised is not None and checkpoint.recognised.prefix == "model_ema."
+        found.append(checkpoint.fingerprint)
+    assert found[0] != found[1] and found[0] == found[2]
+
+
 def test_data2vecs_own_average_is_no_second_encoder() -> None:
     state = data2vec()
     teacher = {name: tensor + 1 for name, tensor in state.items() if "decoder" not in name}

@@ -153,6 +153,7 @@ def test_weights_by_timms_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", offline)
     encoder, header = load_encoder("timm:test_vit")
     assert header["source"] == "timm" and encoder.depth == 6
+    assert header["transform"]["mean"] == header["transform"]["std"] == [0.5] * 3  # not ImageNet's
     with pytest.raises(CheckpointError, match=r"^timm:test_vit2: .*no network"):
         load_encoder("timm:test_vit2")
     backbone, header = load_encoder("timm:resnet18")

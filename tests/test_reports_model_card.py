@@ -18,7 +18,7 @@ from mimref.encoders.vit import Architecture, build_encoder
 from mimref.reports.model_card import card_header, escape_markdown, model_card
 from mimref.sharing.export import folder_layout, read_subject
 from mimref.sharing.layout import Library, Subject
-from mimref.sharing.record import Record, is_public, read_record, shareable_data
+from mimref.sharing.record import Record, is_public, last_part, read_record, shareable_data
 from tests.families import FAMILIES, backbone
 
 TINY = Architecture("custom", 16, width=32, depth=2, num_heads=2, patch_size=4)
@@ -206,6 +206,18 @@ def test_a_file_alone(tmp_path: Path) -> None:
     record = read_record(Checkpoint(tmp_path / "a.safetensors", {}, header, source="mae"))
     assert record.command is None and record.rows == header["metrics"]
     assert "| k-NN top-1 | 81.8 |" in card(record=record)
+
+
+def test_addresses_are_reduced_to_their_last_part() -> None:
+    for text, shown in (
+        ("wds:https://user:token@host/dir/{split}-{000..127}.tar", "wds:{split}-{000..127}.tar"),
+        ("wds:s3://private-bucket/a/b.tar", "wds:b.tar"),
+        ("https://host/weights.pth", "weights.pth"),
+        ("https://host/", "images"),
+        ("list:/data/a.csv", "list:a.csv"),
+        ("digits", "digits"),
+    ):
+        assert last_part(text) == shown
 
 
 def test_public_data() -> None:

@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console, RenderableType
 
-from mimref.reports.metrics import metric_label, scores_line
+from mimref.reports.metrics import metric_label, scores_line, suite_base
 from mimref.reports.tables import best_table, compare_rows, comparison_table, markdown_table, results_table
 from mimref.reports.terminal import print_comparison, print_rows
 from mimref.results import Row
@@ -149,6 +149,29 @@ def test_wide_comparisons_become_long_and_lose_nothing(capsys: pytest.CaptureFix
     assert capsys.readouterr().out.count("k-NN top-1") == 1
     print_rows([{**row, "model": name} for row, name in zip(many, "aabb", strict=False)])
     assert "│ a" not in capsys.readouterr().out  # there is room for a column per model
+
+
+def test_statistics_are_compared_as_they_are_shown() -> None:
+    given: list[Row] = [
+        {"model": model, "metric": metric, "value": value}
+        for metric, values in (("uniformity", (-3.412, -3.448)), ("hubness", (1.23, 1.17)), ("rankme", (12.34, 12.34)))
+        for model, value in zip(("base", "refined"), values, strict=True)
+    ]
+    _, lines = compare_rows(given, "base")
+    assert [(cells[0].is_best, cells[1].is_best, cells[1].difference) for cells in lines.values()] == [
+        (False, True, "-0.036"), (False, True, "-0.06"), (True, True, "+0"),
+    ]  # fmt: skip
+    assert [cells[1].is_gain for cells in lines.values()] == [True, True, None]
+
+
+def test_the_base_of_a_suite_is_its_first_encoder() -> None:
+    rows: list[Row] = [
+        {"model": "b", "metric": "knn_top1", "value": 1.0, "entry": "one"},
+        {"model": "a", "metric": "knn_top1", "value": 2.0, "entry": "two"},
+        {"model": "b", "metric": "knn_top1", "value": 3.0, "entry": "two"},
+    ]
+    averages: list[Row] = [{"model": name, "metric": "suite_average", "value": 2.0} for name in "ab"]
+    assert suite_base([*rows, *averages]) == "a" and suite_base(rows) == "b"
 
 
 def test_markup_in_names_is_text() -> None:

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from mimref.api import load
+from mimref.config.base import ReadingConfig
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.backbones import EncoderArchitecture
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.timm_models import features_of_blocks
-from mimref.encoders.vit import Architecture
+from mimref.encoders.vit import Architecture, Encoder
 from mimref.errors import ConfigError
 from mimref.progress import Silent
 from mimref.sharing.export import FolderExport, export_folder, folder_layout
 from mimref.sharing.layout import Subject
 from tests.families import BATCH_NORM, FAMILIES, backbone
+from tests.family_files import PUBLISHED
 from tests.subjects import NO_CLS_REGISTERS, TINY, TRANSFORM, make, subject_of
 
 has_local_dir = pytest.mark.skipif(not hasattr(timm.models._hub, "load_model_config_from_path"), reason="timm 1.0.16")
@@ -68,6 +70,20 @@ def test_timm_loads_other_families(family: str, tmp_path: Path) -> None:
     for theirs, read, ours in zip(by_timm, by_mimref, encoder.blocks(pixels, every), strict=True):
         close(theirs, ours)
         close(read, ours)
+
+
+@has_local_dir
+@torch.no_grad()
+def test_timm_loads_aimv2(tmp_path: Path) -> None:
+    # timm builds it as its plain ViT, and its files are read as other backbones are.
+    case = PUBLISHED["aimv2"]
+    torch.save(case.file(case.model()), tmp_path / "file.pth")
+    checkpoint = read_checkpoint(tmp_path / "file.pth", ReadingConfig(num_heads=4))
+    encoder = encoder_from(checkpoint, choose_architecture(checkpoint)).eval()
+    assert not isinstance(encoder, Encoder)
+    size = encoder.architecture.image_size
+    done = write(Subject(encoder, replace(TRANSFORM, image_size=size)), tmp_path / "m")
+    assert done.read_by == ["mimref", "timm"] and done.difference < 1e-5
 
 
 @has_local_dir

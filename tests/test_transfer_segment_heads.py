@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mimref.config.base import DataConfig
 from mimref.config.load import load_config
 from mimref.data.masks.sources import UNLABELLED, Coding, Pairs
 from mimref.data.transforms import EvalTransform
@@ -19,6 +20,7 @@ from mimref.features.encode import PassSettings
 from mimref.transfer.segment.config import SegmentConfig, TrainingConfig, Upsampling
 from mimref.transfer.segment.heads import HeadInput, HeadsTrainer, SegmentationHeads, pixel_gradients
 from mimref.transfer.segment.linear import HeadsJob, schedule
+from mimref.transfer.segment.run import _data
 from mimref.transfer.segment.tokens import PatchTokens, head_inputs, paper_blocks
 from tests.pairs import write_pairs
 from tests.test_data_masks import checked
@@ -178,6 +180,14 @@ def test_raw_pixels() -> None:
     for patch in range(4):
         row, column = 8 * (patch // 2), 8 * (patch % 2)
         assert torch.equal(raw[:, patch], padded[:, :, row : row + 24, column : column + 24].flatten(1))
+
+
+def test_images_are_decoded_as_the_header_records() -> None:
+    header = {"data": {"spec": "digits", "orientation": "exif", "range": "0,4095"}}
+    for spec in ("folder", None):
+        found = _data(DataConfig(spec=spec), header)
+        assert (found.spec, found.orientation, found.range) == (spec or "digits", "exif", "0,4095")
+    assert _data(DataConfig(spec="folder", orientation="file"), header).orientation == "file"
 
 
 # --- a job

@@ -78,7 +78,11 @@ def benchmark_cost(config: RefineConfig, *, steps: int = 3, progress: Progress |
             notes.append(f"predicted peak memory: {error}")
     if len(measured) > len(flops):
         capacity = torch.cuda.get_device_properties(device).total_memory
-        rows.append(largest_batch_row(*measured[len(flops) :], capacity=capacity))
+        small, large = measured[len(flops) :]
+        if (large.memory_bytes or 0) > (small.memory_bytes or 0):
+            rows.append(largest_batch_row(small, large, capacity=capacity))
+        else:  # gradients, not activations, set the peak of small batches
+            notes.append("largest batch: the memory of small batches does not grow with their size")
     return Cost(rows, notes)
 
 

@@ -52,6 +52,7 @@ def describe_finetuning(plan: FineTuningPlan) -> dict[str, str]:
         encoder = job.classifier.encoder
         image_s = image_seconds(encoder, plan.val, job.evaluation, architecture.depth)
         weights = sum(weight.numel() for weight in encoder.parameters())
+        everything = sum(weight.numel() for weight in job.classifier.parameters())
         trained = sum(weight.numel() for weight in job.classifier.parameters() if weight.requires_grad)
         step_s = step_seconds(job)
     counts = [len(plan.images(split)) for split in range(len(plan.splits))]
@@ -66,13 +67,14 @@ def describe_finetuning(plan: FineTuningPlan) -> dict[str, str]:
         "images": f"{counts[0]:,}{few} of {plan.train.name} in {len(plan.classes)} classes, batches of "
         f"{config.batch_size}; {len(plan.val):,} validation images",
         "steps": f"{steps:,} in {settings.epochs} epochs",
-        "memory": _state_memory(trained),
+        "memory": _state_memory(trained, everything - trained, averaged=0 if settings.ema is None else everything),
         "time": f"about {readable(steps * step_s + passes_s)} on this machine: {readable(steps * step_s)} of training "
         f"({1e3 * step_s:,.0f} ms per step) and {readable(passes_s)} of validation",
     }
 
 
-def _state_memory(weights: int) -> str:
-    found = _STATE_BYTES * weights / 2**20
+def _state_memory(trained: int, frozen: int = 0, averaged: int = 0) -> str:
+    """Describe the memory for weights. averaged: number of weights of which an average is kept."""
+    found = (_STATE_BYTES * trained + 4 * (frozen + averaged)) / 2**20
     size = f"{found / 1024:.2f} GiB" if found >= 1024 else f"{found:.1f} MiB"
     return f"{size} in float32 for weights and optimizer, without activations"

@@ -58,13 +58,14 @@ def report(
         return
     from mimref.errors import OutputError
     from mimref.reports.terminal import print_rows
-    from mimref.results import write_results
+    from mimref.results import remove_earlier, write_results
 
     show = show or print_rows
     if options.out is not None:
         if result.data is not None:
             config = config.model_copy(update={"data": result.data})
         settings, bad = config.model_dump(mode="json"), result.bad_images
+        remove_earlier(options.out)
         save_exhibits(options.out, result, options)
         try:
             write_results(options.out, config.command, settings, result.elapsed_s, result.rows, bad_images=bad)
@@ -135,6 +136,8 @@ def write_page(folder: Path | None, options: Report) -> None:
 
 def print_finished(out: Path | None, command: str, options: Resume) -> bool:
     """With `--resume`, print the results of a finished run of this command; return False if there are none."""
+    if options.resume and options.force:
+        return False  # refused later, with all other mistakes
     if not (options.resume and options.checks.passed and out and (out / "results.json").is_file()):
         return False
     if os.environ.get("RANK", "0") == "0":

@@ -65,6 +65,8 @@ class Resume(Output, panel="Output"):
 
     def state_file(self, name: str) -> Path | None:
         """Return the state file that an interrupted evaluation continues from; None without an output folder."""
+        if self.resume and self.force:
+            raise OutputError(f"--resume continues the {name} and --force starts it over: choose one")
         state = self.out / "state" / f"{name}.pt" if self.out else None
         if state is None and self.resume:
             raise ConfigError(f"--resume continues the {name} in an output folder; name the folder with --out DIR")

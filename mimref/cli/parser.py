@@ -150,7 +150,8 @@ class Command(_Panels, TyperCommand):
             name, equals, value = word.partition("=")
             if not word or (name.startswith("--") and equals and not value):
                 ctx.fail(f"{name or (before if before.startswith('-') else 'an argument')}: the value is empty")
-        many = {flag for each in self.params if str(each.metavar).endswith("...") for flag in each.opts}
+        listed = [each for each in self.params if getattr(each, "multiple", False)]
+        many = {flag for each in listed if str(each.metavar).endswith("...") for flag in each.opts}
         spread: list[str] = []
         flag = None
         for position, word in enumerate(args):

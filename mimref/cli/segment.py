@@ -55,7 +55,8 @@ def segment(options: SegmentOptions) -> None:
     if options.epochs is not None and options.updates is None:
         # Presets and the protocol dinov2 set a number of updates, which would take precedence.
         options.sets = ["training.updates=none", *(options.sets or ())]
-    config = options.load(SegmentConfig, options.preset or (None if options.checkpoint else "quickstart"))
+    quick = options.checkpoint is None and options.protocol != "dinov2"  # its rates are for the paper's protocol
+    config = options.load(SegmentConfig, options.preset or ("quickstart" if quick else None))
     if print_finished(options.out, config.command, options):
         return
     options.check_out()

@@ -47,12 +47,12 @@ def transfer(options: SuiteOptions) -> None:
     if result.rows:
         from mimref.files import write_bytes
         from mimref.reports.figures import plot_comparison
-        from mimref.reports.metrics import suite_lines
+        from mimref.reports.metrics import suite_base, suite_lines
         from mimref.reports.tables import markdown_table
         from mimref.reports.terminal import print_comparison
 
         lines = suite_lines(result.rows)
-        base = str(lines[0]["model"])
+        base = suite_base(result.rows)
         write_bytes(out / "results.md", markdown_table(lines, base).encode())
         print_comparison(lines, base)
         with figure(out / "suite.png", options):

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 DRY_RUN = option("Print all settings and the reasons for them, sizes, steps and time; train nothing.")
 
 
+_CHOOSING = ("encoder.arch", "encoder.source", "encoder.weights", "data.spec")
+"""Settings that choose a preset, if none is named."""
 _PACKAGED = (
     "without --weights, the packaged encoder of digits is refined, which is made for 16 pixels; for other images, pass "
     "--weights, or pre-train an encoder with mimref pretrain"
@@ -46,15 +48,13 @@ class TrainingOptions(Images, Batch, Preset, Seed, Report, Resume, panel="Traini
 
     strict: bool | None = option("Refuse a preset that does not fit, instead of adapting it.", sets="strict")
 
-    @property
-    def named_data(self) -> str | None:
-        """The images that `--data` or `--set data.spec=` names."""
-        sets = [
-            value.strip()
-            for key, _, value in (each.partition("=") for each in self.sets or ())
-            if key.strip() == "data.spec"
-        ]
-        return sets[-1] if sets else self.data
+    def given(self, setting: str) -> str | None:
+        """Return the value of a setting that an option or `--set` gives; None if there is none."""
+        pairs = (each.partition("=") for each in self.sets or ())
+        sets = [value.strip() for key, _, value in pairs if key.strip() == setting]
+        fields = (field for field, (option, _) in self.declared().items() if option.sets == setting)
+        found = sets[-1].strip("\"'") if sets else next((getattr(self, field) for field in fields), None)
+        return found if isinstance(found, str) else None
 
     def resumed_preset(self) -> str | None:
         """Return the settings file of the run that `--resume --out DIR` continues, so that no option need be repeated.
@@ -82,11 +82,11 @@ class RefineOptions(Weights, MicroBatch, Shard, TrainingOptions, panel="Training
         """Choose the preset for the options; None if a recipe derives the settings."""
         from mimref.config.presets import choose_refine_preset
 
-        preset = choose_refine_preset(self.preset, self.arch, self.source, self.weights, self.named_data)
-        if preset is None and self.arch is None and self.weights is None:
+        arch, source, weights, data = map(self.given, _CHOOSING)
+        preset = choose_refine_preset(self.preset, arch, source, weights, data)
+        if preset is None and arch is None and weights is None:
             self.weights = "quickstart"
-            named = any(each.startswith("encoder.weights") for each in self.sets or ())
-            if not named and self.named_data not in (None, "digits") and os.environ.get("RANK", "0") == "0":
+            if data not in (None, "digits") and os.environ.get("RANK", "0") == "0":
                 note(_PACKAGED, self)
         return preset
 
@@ -118,9 +118,11 @@ def refine(options: RefineOptions) -> None:
 
 def _print_plan(config: "RefineConfig", options: RefineOptions) -> None:
     from mimref.benchmarks.duration import describe_duration, measure_duration
-    from mimref.refinement.plan import make_plan
+    from mimref.refinement.plan import heads_file, make_plan
     from mimref.refinement.sizes import describe
 
+    if (heads_from := config.heads_from) is not None:
+        options.checks.run("heads_from", lambda: heads_file(heads_from))
     plan = make_plan(config, checks=options.checks)
     print_plan(plan.config, plan.derived, describe(plan), options)
     print_facts({"time": describe_duration(measure_duration(plan))})
@@ -151,7 +153,7 @@ def pretrain(options: PretrainOptions) -> None:
     from mimref.pretraining.config import PretrainConfig
 
     preset = options.resumed_preset() or choose_pretrain_preset(
-        options.preset, options.arch, options.named_data, options.objective
+        options.preset, *map(options.given, ("encoder.arch", "data.spec", "objective"))
     )
     if options.epochs is not None:
         # The option is for the objective's own section, and a preset may choose the objective.

@@ -30,8 +30,9 @@ class FinetuneOptions(TrainedEncoder, Shard, TrainingOptions, panel="Training"):
         """Choose the preset for the options; None if a recipe derives the settings."""
         from mimref.config.presets import choose_finetune_preset
 
-        preset = choose_finetune_preset(self.preset, self.arch, self.weights, self.named_data)
-        if preset is None and self.arch is None and self.weights is None:
+        arch, weights, data = map(self.given, ("encoder.arch", "encoder.weights", "data.spec"))
+        preset = choose_finetune_preset(self.preset, arch, weights, data)
+        if preset is None and arch is None and weights is None:
             self.weights = "quickstart"
         return preset
 

@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 import tomli_w
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
+from mimref.errors import ConfigError
+
 
 def _check_ordered(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
@@ -203,9 +205,15 @@ def dump_config(config: CommandConfig, *, defaults: bool = True) -> str:
     """Return the settings as TOML text that `load_config` reads back to an equal config.
 
     A setting of None is omitted, or written as `none` if its default is a value. defaults: include the settings that
-    nothing has set.
+    nothing has set. Raises ConfigError for names of files that are not UTF-8.
     """
-    return tomli_w.dumps(_table(config, defaults))
+    text = tomli_w.dumps(_table(config, defaults))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        line = next(line for line in text.splitlines() if text[error.start] in line)
+        raise ConfigError(f"{line!a}: is not UTF-8, so the settings cannot be stored; rename it") from error
+    return text
 
 
 def _table(section: Section, defaults: bool) -> dict[str, Any]:

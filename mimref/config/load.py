@@ -45,6 +45,9 @@ def load_config(
             given.add(key)
             table = merge_tables(table, collected.run(key, partial(_nest, model, key, value)) or {})
     for pair in filter(None, (collected.run("sets", partial(_split, assignment)) for assignment in sets)):
+        if pair[0] == "preset":
+            collected.add("sets", ConfigError(f"--set preset={pair[1]} loads no preset; use --preset {pair[1]}"))
+            continue
         given.add(pair[0])
         collected.typed.pop(pair[0], None)  # the option's value is replaced
         table = merge_tables(table, collected.run("sets", partial(_nest, model, *pair)) or {})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mimref.data.bands import WrongChannels, as_tensor, channels_last, check_channels, read_pillow
 from mimref.data.decode import BadImage, decode_file, printable
-from mimref.data.pixels import Decoding, to_rgb
+from mimref.data.pixels import Decoding, orientation_of, to_rgb, turned
 from mimref.data.sources import ImageSource, fingerprint_files
 from mimref.errors import DataError
 
@@ -68,7 +68,7 @@ class GivenSource(ImageSource):
         """Return an image (C, H, W) with the channels as stored. Raises WrongChannels and ValueError."""
         window = self.decoding.range
         if isinstance(item, Image.Image):
-            values_HWC = check_channels(read_pillow(item, None), channels)
+            values_HWC = self._upright(item, check_channels(read_pillow(item, None), channels))
         else:
             is_tensor = isinstance(item, Tensor)
             values = item.detach().cpu().numpy() if is_tensor else item
@@ -81,11 +81,16 @@ class GivenSource(ImageSource):
     def _rgb(self, item: Any) -> NDArray[np.uint8]:
         """Return writable pixels (H, W, 3). Raises ValueError."""
         if isinstance(item, Image.Image):
-            return to_rgb(item, self.decoding)[0]
+            return self._upright(item, to_rgb(item, self.decoding)[0])
         pixels = _as_uint8(_channels_last(item))
         if pixels.shape[2] == 4:
             return to_rgb(Image.fromarray(pixels), self.decoding)[0]
         return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3))).copy()
+
+    def _upright(self, image: Image.Image, pixels_HWC: NDArray[Any]) -> NDArray[Any]:
+        """Return the pixels of a loaded image as those of its file would be turned."""
+        turn = orientation_of(image) if self.decoding.orientation == "exif" else 1
+        return turned(pixels_HWC, turn) if turn > 1 else pixels_HWC
 
     @cached_property
     def fingerprint(self) -> str:

@@ -42,11 +42,11 @@ from mimref.encoders.parts import (
     left_out_notice,
     matching_prefixes,
 )
-from mimref.encoders.positions import are_sincos, fit_positions
+from mimref.encoders.positions import fit_positions
 from mimref.encoders.published import find_named
 from mimref.encoders.reading import first_line, named_tensors, read_file
-from mimref.encoders.timm_models import classifiers
-from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder, is_plain_vit
+from mimref.encoders.timm_models import classifiers, normalisation
+from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder, is_plain_vit, with_fixed_positions
 from mimref.encoders.writing import write_safetensors
 from mimref.errors import CheckpointError, ConfigError
 from mimref.progress import LabelledProgress
@@ -100,9 +100,13 @@ class Checkpoint:
         If the file holds several encoders, or its grid of patches is not square, it depends on the choice as well.
         """
         digest, found = tensors_hash(self.tensors), self.recognised
+        own = set(map(id, self.tensors.values()))
+        below = found.prefix if found else ""
+        beside = {n: x for n, x in self.named.items() if id(x) not in own and n.startswith(below)}  # averaged weights
         chosen = [found.prefix] if found and found.others else []
         if self.part and found is None and "architecture" not in self.header:
             chosen = [self.part]
+        chosen += [tensors_hash(beside)] if beside else []
         chosen += [f"{found.grid}"] if found and found.grid[0] != found.grid[1] else []
         return hashlib.sha256(" ".join((digest, *chosen)).encode()).hexdigest() if chosen else digest
 
@@ -122,9 +126,12 @@ class Checkpoint:
             adapted = f"the patch embedding is made for {wanted}, not the {self.channels} of the weights"
             own = self.notices(replace(architecture, channels=self.channels), sizes)
             return [*own, f"{self.path}: {adapted} (encoder.channel_init {self.channel_rule.how})"]
+        unused = isinstance(architecture, BackboneArchitecture) and self.interpolation is not None
+        notices = [f"encoder.interpolation has no effect on {architecture.name}"] if unused else []
         if "architecture" in self.header:
-            return [f"{self.path}: contains one encoder; --encoder {self.part} has no effect"] if self.part else []
-        notices = list(self.ignored)
+            notices += [f"contains one encoder; --encoder {self.part} has no effect"] if self.part else []
+            return [f"{self.path}: {notice}" for notice in notices]
+        notices += self.ignored
         if self.recognised and self.recognised.is_of(architecture):
             notices += self.recognised.notices
         elif isinstance(architecture, BackboneArchitecture):
@@ -224,7 +231,7 @@ def _read(path: str | Path, reading: ReadingConfig, progress: LabelledProgress |
         return replace(checkpoint, problem=f"{reason}{hint}", advice="" if hint else "; pass --arch (and --source)")
     saved = {} if "transform" in header else saved_normalisation(file)
     if saved:
-        found.notices.append("mean and deviation of the pixels are taken from preprocessor_config.json")
+        found.notices.append("mean and deviation of the pixels are taken from the configuration beside the file")
     if "transform" not in header and (normalisation := saved or found.normalisation):
         sizes = {"image_size": found.architecture.image_size, "crop_fraction": 0.875}
         checkpoint = replace(checkpoint, header={"transform": sizes | normalisation})
@@ -251,16 +258,9 @@ def _from_timm(path: str) -> Checkpoint:
     tensors, architecture = dict(model.state_dict()), find_architecture(name, None, None)
     if isinstance(architecture, Architecture):
         architecture = with_fixed_positions(architecture, tensors)
-    header = {"architecture": architecture.to_dict(), "source": "timm"}
+    transform = {"image_size": architecture.image_size, "crop_fraction": 0.875} | normalisation(name)
+    header = {"architecture": architecture.to_dict(), "source": "timm", "transform": transform}
     return Checkpoint(Path(path), tensors, header, architecture, source="timm")
-
-
-def with_fixed_positions(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Architecture:
-    """Return a timm model's architecture, with positions fixed if they are MAE's sin-cos ones, which never train."""
-    positions = tensors.get("pos_embed")
-    if positions is None or positions.ndim != 3:
-        return architecture
-    return replace(architecture, fixed_positions=any(are_sincos(positions, num_prefix=prefix) for prefix in (0, 1)))
 
 
 def with_file_values(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
@@ -283,7 +283,7 @@ def choose_architecture(
     recorded = checkpoint.architecture
     chosen: EncoderArchitecture
     # The file of a timm model may look like a plain vision transformer of another kind.
-    if arch is not None and (recorded is None or (checkpoint.recognised and arch not in PAPER_SIZES)):
+    if arch is not None and (recorded is None or (checkpoint.recognised and arch not in (*PAPER_SIZES, recorded.name))):
         chosen = find_architecture(arch, source, resolution)
         if isinstance(chosen, Architecture):
             chosen = with_file_values(chosen, checkpoint)

@@ -85,9 +85,15 @@ def _index_of(file: Path) -> Path | None:
 
 
 def saved_normalisation(file: Path) -> dict[str, list[float]]:
-    """Return each channel's mean and deviation from `preprocessor_config.json` beside the file; empty without them."""
+    """Return each channel's mean and deviation from the files beside it; empty without them.
+
+    They are in `preprocessor_config.json` of transformers, or in `config.json` of timm.
+    """
     found = _read_object(file.parent / "preprocessor_config.json")
     values: dict[str, Any] = {"mean": found.get("image_mean"), "std": found.get("image_std")}
+    timms = _read_object(file.parent / "config.json").get("pretrained_cfg")
+    if not found and isinstance(timms, dict):
+        values = {name: timms.get(name) for name in values}
     if found.get("do_normalize") is False or not all(map(_are_numbers, values.values())):
         return {}
     return {name: [float(value) for value in three] for name, three in values.items()}

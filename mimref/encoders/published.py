@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from mimref.errors import CheckpointError, OutputError
-from mimref.files import atomic_path, cache_folder
+from mimref.files import atomic_path, cache_folder, remove_halves
 from mimref.locks import one_at_a_time
 from mimref.progress import LabelledProgress
 
@@ -143,6 +143,7 @@ def fetch(known: PublishedWeights, progress: LabelledProgress | None = None) -> 
         if file.is_file():
             return file
         try:
+            remove_halves(file.parent, file.name)
             with atomic_path(file) as temporary:
                 _download(known, temporary, progress)
         # http.client's errors are not OSErrors, which atomic_path turns into OutputErrors.

@@ -5,10 +5,10 @@ from dataclasses import replace
 from mimref.config.run import EncoderConfig
 from mimref.encoders.backbones import BackboneArchitecture, EncoderArchitecture, at_size, find_architecture, is_backbone
 from mimref.encoders.channels import for_images
-from mimref.encoders.checkpoints import Checkpoint, with_file_values, with_fixed_positions
+from mimref.encoders.checkpoints import Checkpoint, with_file_values
 from mimref.encoders.likely_models import unrecognised
 from mimref.encoders.published import official_name
-from mimref.encoders.vit import PAPER_SIZES, Architecture
+from mimref.encoders.vit import PAPER_SIZES, Architecture, with_fixed_positions
 
 
 def weights_name(config: EncoderConfig) -> str:

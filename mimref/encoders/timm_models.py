@@ -56,6 +56,12 @@ def classifiers(name: str) -> tuple[str, ...]:
     return tuple(f"{each.rpartition('.')[0] or each}." for each in ([layers] if isinstance(layers, str) else layers))
 
 
+def normalisation(name: str) -> dict[str, list[float]]:
+    """Return mean and deviation of every channel for `model.tag`, or for the weights that timm downloads by default."""
+    record = timm_record(name)
+    return {"mean": list(record.mean), "std": list(record.std)}
+
+
 def native_size(name: str) -> int:
     """Return the image size, in pixels per side, that a timm model was made for."""
     return int(timm_record(name).input_size[-1])

@@ -8,7 +8,7 @@ Shapes: B images, L tokens, D width, N patches.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from typing import Any, Self, cast, get_args
 
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from mimref.config.base import Interpolation
 from mimref.config.run import EncoderConfig
 from mimref.encoders.meta import RatesOnCpu
-from mimref.encoders.positions import resize_positions, sincos_positions
+from mimref.encoders.positions import are_sincos, resize_positions, sincos_positions
 from mimref.encoders.timm_models import SizeRule
 from mimref.encoders.tokens import check_blocks, norm_flags, pool_tokens
 from mimref.errors import ConfigError, did_you_mean
@@ -375,3 +375,11 @@ def _timm_vit(name: str, image_size: int, options: Mapping[str, Any] | None = No
     )
     assert isinstance(vit, VisionTransformer)
     return vit
+
+
+def with_fixed_positions(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Architecture:
+    """Return a timm model's architecture, with positions fixed if they are MAE's sin-cos ones, which never train."""
+    positions = tensors.get("pos_embed")
+    if positions is None or positions.ndim != 3:
+        return architecture
+    return replace(architecture, fixed_positions=any(are_sincos(positions, num_prefix=prefix) for prefix in (0, 1)))

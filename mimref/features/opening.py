@@ -114,7 +114,9 @@ def check_device(config: CommandConfig, checks: Checks) -> None:
     """Check device, precision, and where images are decoded."""
     device = checks.run("device", lambda: resolve_device(config.device))
     if device is not None:
-        checks.run("precision", lambda: resolve_precision(config.precision, device))
+        # A preset's precision is adapted later.
+        if not (isinstance(config, TrainingConfig) and is_adaptable(config, "precision")):
+            checks.run("precision", lambda: resolve_precision(config.precision, device))
         checks.run("data.decode", lambda: decoding_device(config.data, device))
 
 

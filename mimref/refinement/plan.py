@@ -150,7 +150,8 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
         *_slow_average(config, len(sources["train"])),
     ]
     encoder = resolved_settings(config.encoder, checkpoint, architecture)
-    config = config.model_copy(update={"data": data, "encoder": encoder})
+    # The resolved settings fit the images: a run from the written config.toml repeats them, and never adapts them.
+    config = config.model_copy(update={"data": data, "encoder": encoder, "strict": True})
     transform = eval_transform(architecture, data, checkpoint.header)
     return Plan(config, checkpoint, architecture, transform, sources["train"], warnings, derived)
 

@@ -115,7 +115,10 @@ def decimals(row: Row) -> int:
 
 def shown_value(row: Row) -> float:
     """Return the value rounded as in tables, so that equal-looking values are equal. Undefined values are the worst."""
-    return -sign(row) * math.inf if is_undefined(row) else round(float(row["value"]), decimals(row))
+    if is_undefined(row):
+        return -sign(row) * math.inf
+    value = float(row["value"])
+    return float(f"{value:.4g}") if row["metric"] in STATISTICS else round(value, decimals(row))
 
 
 def is_undefined(row: Row) -> bool:
@@ -166,6 +169,12 @@ def scores_line(rows: Sequence[Row]) -> str:
 
 
 _SUMMARIES = ("suite_average", "suite_rank")
+
+
+def suite_base(rows: Sequence[Row]) -> str:
+    """Return the first encoder of `run_suite`, even if it lacks the first entry: averages are in order."""
+    averaged = [row for row in rows if row["metric"] == _SUMMARIES[0]]
+    return str((averaged or rows)[0]["model"])
 
 
 def suite_lines(rows: Sequence[Row]) -> list[Row]:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mimref.reports.metrics import (
+    STATISTICS,
     decimals,
     format_setting,
     format_value,
@@ -114,9 +115,12 @@ def compared_cell(by_model: Mapping[str, Row], model: str, base: str, *, spread:
         return Cell(value, is_best)
     if base not in by_model or is_undefined(row) or is_undefined(by_model[base]):
         return Cell(value, is_best, "-")
-    digits = decimals(row)
-    difference = round(float(row["value"]) - float(by_model[base]["value"]), digits) + 0.0
-    return Cell(value, is_best, f"{difference:+.{digits}f}", sign(row) * difference > 0 if difference else None)
+    if row["metric"] in STATISTICS:
+        difference, form = shown_value(row) - shown_value(by_model[base]), "+.3g"
+    else:
+        digits = decimals(row)
+        difference, form = round(float(row["value"]) - float(by_model[base]["value"]), digits) + 0.0, f"+.{digits}f"
+    return Cell(value, is_best, f"{difference:{form}}", sign(row) * difference > 0 if difference else None)
 
 
 def comparison_table(rows: Sequence[Row]) -> Table:

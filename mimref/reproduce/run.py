@@ -28,6 +28,7 @@ from mimref.training.signals import stop_signal
 COMMAND = "reproduce ablations"
 """Name of the command in results.json."""
 SETTINGS = "ablations.toml"
+_OUR_FILES = ("results.csv", "ablations.md", "blocks-light.svg", "blocks-dark.svg")
 _OUR_FOLDERS = ("runs", "settings", "logs")
 
 
@@ -112,7 +113,7 @@ def _check_folder(out: Path, *, resume: bool, force: bool) -> None:
     known = (out / SETTINGS).is_file()
     if resume and not known:
         raise OutputError(f"{out}: holds no suite to resume; name its folder with --out, or omit --resume to start one")
-    ours = [out / name for name in ("results.json", "metrics.jsonl", *_OUR_FOLDERS)]
+    ours = [out / name for name in ("results.json", "metrics.jsonl", *_OUR_FILES, *_OUR_FOLDERS)]
     if not known and (found := next(filter(os.path.lexists, ours), None)):
         raise OutputError(f"{out}: already holds {found.name}, and no suite; choose another --out")
 
@@ -123,7 +124,7 @@ def _clear(out: Path) -> None:
     Raises OutputError if something cannot be removed.
     """
     try:
-        for name in ("results.json", "results.csv", "ablations.md"):
+        for name in ("results.json", *_OUR_FILES):
             (out / name).unlink(missing_ok=True)
         for settings in sorted((out / "settings").glob("*.toml")):
             if (run := out / "runs" / settings.stem).exists():

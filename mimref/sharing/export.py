@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mimref.config.base import DataConfig, ReadingConfig
-from mimref.encoders.backbones import TokenEncoder, is_backbone
+from mimref.encoders.backbones import TokenEncoder
 from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.classifier import ClassifierRecord, classifier_of
 from mimref.encoders.export import comparison_images, largest_difference, named_features, read_encoder
@@ -114,7 +114,7 @@ def export_folder(
     read_by, difference = ["mimref"], 0.0
     readers = [_read_by_mimref]
     if layout.library == "timm":
-        readers.append(partial(_read_by_timm, layout=layout))
+        readers.append(partial(_read_by_timm, normed=isinstance(subject.encoder, Encoder)))
         read_by.append("timm")
     elif find_spec("transformers") is None:
         listener.note(
@@ -178,8 +178,11 @@ def _read_by_mimref(folder: Path, images: Tensor) -> Outputs:
 
 
 @torch.inference_mode()
-def _read_by_timm(folder: Path, images: Tensor, *, layout: Layout) -> Outputs:
-    """Read the folder as `timm.create_model("local-dir:FOLDER")` does, which timm supports from version 1.0.16."""
+def _read_by_timm(folder: Path, images: Tensor, *, normed: bool) -> Outputs:
+    """Read the folder as `timm.create_model("local-dir:FOLDER")` does, which timm supports from version 1.0.16.
+
+    normed: also return the tokens after the final norm, unless there are logits.
+    """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     args, classes = config.get("model_args", {}), config["num_classes"]
     path = str(folder / WEIGHTS)
@@ -187,7 +190,7 @@ def _read_by_timm(folder: Path, images: Tensor, *, layout: Layout) -> Outputs:
     found = features_of_blocks(model, images)
     if classes:
         return found | {"logits": model(images)}
-    return found if is_backbone(layout.model) else found | {"normed": model.forward_features(images)}
+    return found | ({"normed": model.forward_features(images)} if normed else {})
 
 
 @torch.inference_mode()

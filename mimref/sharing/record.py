@@ -123,9 +123,12 @@ def _shareable(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def last_part(text: Any) -> Any:
-    """Reduce an absolute path, also after a prefix such as `list:`, to its last part; return all else unchanged."""
+    """Reduce an absolute path or address, also after a prefix such as `list:`, to its last part; keep all else."""
     if not isinstance(text, str) or find_published(text):
         return text
     prefix, colon, path = text.partition(":")
+    if "://" in text:  # the server and the folders on it are private, too
+        start = f"{prefix}:" if "://" in path else ""
+        return start + (text.rpartition("/")[2] or "images")
     start, path = (f"{prefix}:", path) if colon and prefix.isalnum() else ("", text)
     return start + (Path(path).name or "images") if os.path.isabs(path) or path.startswith(("~", "..")) else text

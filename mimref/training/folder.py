@@ -42,6 +42,7 @@ _OUR_FILES = (
     "heads.pt",
     "exhibits.json",
     "report.html",
+    "curve.png",
 )
 _EVALUATION = "evaluate.*"
 # Settings that do not affect training.
@@ -166,12 +167,13 @@ class RunFolder:
         training has changed.
         """
         if own_rank() == 0:
+            text = dump_config(config).encode()
             if resume and (self.path / "config.toml").is_file():
                 self._compare(config)
             self._make_ready(force)
             origin = {"preset": config.preset, "derived": derived}
             write_bytes(self.path / "state" / "origin.json", json.dumps(origin).encode())
-            write_bytes(self.path / "config.toml", dump_config(config).encode())
+            write_bytes(self.path / "config.toml", text)
             if launch := this_launch():
                 write_bytes(self.path / "state" / "launch.json", json.dumps(launch).encode())
         barrier()

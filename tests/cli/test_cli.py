@@ -129,6 +129,30 @@ def test_heads_from_runs_stage_2_alone(work: Calls) -> None:
     assert work.out == Path("runs/refine-mae_l16")
 
 
+def test_settings_that_choose_a_preset_may_be_set(work: Calls) -> None:
+    for line, preset, file in (
+        ("refine --set encoder.weights=w.pth", None, "w.pth"),
+        ("refine --set encoder.weights='quickstart'", "refine/quickstart", "quickstart"),
+        ("refine --set encoder.arch=vit_l16 --set encoder.source=mae", "refine/mae_l16", None),
+        ("refine --weights w.pth --set data.spec=digits", None, "w.pth"),
+        ("refine", "refine/quickstart", "quickstart"),
+    ):
+        assert run(line.split()) == 0
+        assert (work.config.preset, work.config.encoder.weights) == (preset, file), line
+    for line, preset in (
+        ("pretrain --arch vit_b16 --set objective=simmim", None),
+        ("pretrain --set encoder.arch=vit_b16", "pretrain/mae_b16"),
+        ("pretrain --set data.spec=images", None),
+    ):
+        assert run(line.split()) == 0
+        assert work.config.preset == preset, line
+
+
+def test_a_dry_run_finds_missing_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["refine", "--preset", "quickstart", "--heads-from", str(tmp_path / "gone"), "--dry-run"]) == 2
+    assert "gone" in capsys.readouterr().err
+
+
 def test_output_folders_are_named_after_the_preset(work: Calls) -> None:
     Path("mine.toml").write_text('base = "mae_b16"\n')
     for preset, out in (("ablation/a_heads1", "refine-ablation-a_heads1"), ("mine.toml", "refine-mine")):
@@ -205,6 +229,9 @@ MISTAKES = {
     "knn --set k=ten": ('k = ["ten"]:',),
     "knn --k 5 --set k=ten": ('k = ["ten"]:',),
     "knn --k 0": ("--k 0:", "greater than 0"),
+    "refine --weights x.pth --set preset=quickstart": ("--set preset=quickstart", "--preset quickstart"),
+    "reproduce ablations --seeds 0 1 2": ("1 2",),
+    "interpolate a b --alpha 0 1": ("(1)",),
     "knn --tau 1,x": ("--tau 1,x:", "numbers separated by commas"),
     "presets show nothing": ("'nothing'", "`mimref presets list`"),
     # Mistakes that the parser itself finds.

@@ -8,6 +8,7 @@ import pytest
 from mimref.cli import run
 from mimref.errors import OutputError
 from mimref.results import check_folder
+from mimref.training.folder import RunFolder
 from tests.tiny import REFINE, arguments, results, write_images
 
 CHEAP = ["--device", "cpu", "--workers", "0"]
@@ -22,6 +23,42 @@ def refine(folder: Path, out: Path) -> list[str]:
     return arguments(
         "refine", out, REFINE | {"encoder.weights": folder / "base.safetensors", "data.spec": folder / "data"}
     )
+
+
+@pytest.mark.parametrize("name", ["results.md", "report.html", "gallery.png", "comparison.png"])
+def test_files_of_a_users_own_are_kept(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("mine")
+    suite = tmp_path.parent / "suite.toml"
+    suite.write_text('entries = [{name = "a", data = "digits", protocol = "knn", settings = {k = [1]}}]')
+    for command in (line("knn", folder), ["doctor"], ["transfer", "quickstart", "--suite", str(suite)]):
+        assert run([*command, "--out", str(tmp_path)]) == 2
+        assert name in capsys.readouterr().err and (tmp_path / name).read_text() == "mine"
+    (own := tmp_path / "finetune").mkdir()
+    (own / "curve.png").touch()
+    with pytest.raises(OutputError, match=r"curve\.png"):
+        RunFolder(own).check(resume=False, force=False)
+
+
+def test_force_leaves_nothing_of_the_replaced_results(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(line("cluster", folder, "--clusters", "3", "--runs", "2", "--out", str(out))) == 0
+    assert (out / "assignments.csv").exists() and (out / "report.html").exists()
+    (out / "notes.txt").write_text("mine")
+    assert run(line("knn", folder, "--k", "3", "--out", str(out), "--force")) == 0
+    assert sorted(each.name for each in out.iterdir()) == ["notes.txt", "results.csv", "results.json"]
+
+
+def test_resume_and_force_exclude_each_other(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (
+        refine(folder, tmp_path / "run"),
+        [*line("probe", folder, *PROBE), "--out", str(tmp_path / "probe")],
+    ):
+        assert run(command) == 0
+        capsys.readouterr()
+        assert run([*command, "--resume", "--force"]) == 2
+        assert "choose one" in capsys.readouterr().err
 
 
 def test_results_do_not_go_into_an_unfinished_run(

@@ -2,6 +2,7 @@
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from mimref.data.decode import BadImage
 from mimref.data.masks.sources import ArrayMasks, Pairs
@@ -68,7 +69,9 @@ def _image_size(pairs: Pairs, row: int) -> tuple[int, int] | None:
         if isinstance(source, ArraySource):
             return None
         with Image.open(source.file(row)) as image:
-            turned = source.decoding.orientation == "exif" and image.getexif().get(0x0112, 1) >= 5
+            # Pillow turns TIFF by itself.
+            may_turn = source.decoding.orientation == "exif" and not isinstance(image, TiffImageFile)
+            turned = may_turn and image.getexif().get(0x0112, 1) >= 5
             return image.size[::-1] if turned else image.size
     except (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None

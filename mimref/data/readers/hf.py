@@ -147,6 +147,8 @@ class TableSource(EncodedSource):
         """Return the paths in cells without the bytes of an image."""
         (name,) = self.cells.format["columns"]
         column = self.cells.data.column(name)
+        if is_list(column.type) and not is_array(column.type):
+            column = pc.list_flatten(column)
         if is_text(column.type):
             return [path for path in column.to_pylist() if path]
         if not pa.types.is_struct(column.type) or column.type.get_field_index("path") < 0:

@@ -9,7 +9,15 @@ from mimref.encoders.published import PACKAGED
 from mimref.errors import UserError
 from mimref.reports.html.charts import NAME_LENGTH, block_title, rows_by_block, run_names
 from mimref.reports.html.runs import SETTINGS, Run, checkpoints, setting
-from mimref.reports.metrics import LABELS, format_value, metric_label, short_name, spread_legend, suite_lines
+from mimref.reports.metrics import (
+    LABELS,
+    format_value,
+    metric_label,
+    short_name,
+    spread_legend,
+    suite_base,
+    suite_lines,
+)
 from mimref.reports.tables import Cell, compared_cell
 from mimref.results import Row, main_rows
 
@@ -43,9 +51,10 @@ def results_table(runs: Sequence[Run]) -> Table | None:
     if not main:
         return None
     groups = []
-    for name, rows in zip(run_names(runs), rows_of, strict=True):
+    for run, name, rows in zip(runs, run_names(runs), rows_of, strict=True):
         models = list(dict.fromkeys(str(row["model"]) for row in main_rows(rows)))
-        groups.append(Group(name, models, "base" if "base" in models else models[0] if models else ""))
+        first = suite_base(run.rows) if run.command == "transfer" and models else next(iter(models), "")
+        groups.append(Group(name, models, "base" if "base" in models else first))
     # Labels name the settings in which any two rows differ, also rows of different runs.
     by_label: dict[str, dict[tuple[int, str], Row]] = {}
     for number, rows in enumerate(rows_of):

@@ -28,7 +28,7 @@ from mimref.encoders.vit import Architecture, Encoder
 from mimref.errors import Checks, ConfigError, DivergenceError
 from mimref.evaluation.metrics import name_classes
 from mimref.features.encode import PassSettings
-from mimref.features.header import eval_transform
+from mimref.features.header import eval_transform, resolve_data
 from mimref.features.inputs import model_name
 from mimref.features.opening import check_device
 from mimref.progress import Listener, Silent
@@ -150,15 +150,19 @@ def _open(config: SegmentConfig, listener: Listener, checks: Checks) -> _Work:
 
 
 def _data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
-    """Return the data of the settings, else mosaics of the objects on which the encoder was trained."""
+    """Return the data of the settings, else mosaics of the objects on which the encoder was trained.
+
+    Images are decoded as the header records, unless the settings say otherwise.
+    """
     if data.spec is not None:
-        return data
+        return resolve_data(data, header)
     recorded = header.get("data")
     spec = recorded.get("spec") if isinstance(recorded, Mapping) else None
     if spec not in MOSAICS:
         raise ConfigError(f"no images with masks: pass --data ({ACCEPTED})")
     assert isinstance(recorded, Mapping)
-    return data.model_copy(update={"spec": spec, "root": data.root or recorded.get("root")})
+    named = data.model_copy(update={"spec": spec, "root": data.root or recorded.get("root")})
+    return resolve_data(named, header)
 
 
 def _open_data(config: SegmentConfig, listener: Listener, checks: Checks) -> dict[Split, Pairs]:

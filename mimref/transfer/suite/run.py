@@ -34,7 +34,7 @@ from mimref.features.opening import check_device, open_images
 from mimref.files import check_writable, write_bytes
 from mimref.locks import folder_lock
 from mimref.progress import Listener, Silent
-from mimref.results import EvaluationResult, Row, Tabular, main_rows, named, read_results, write_results
+from mimref.results import WRITTEN, EvaluationResult, Row, Tabular, main_rows, named, read_results, write_results
 from mimref.transfer.finetune.config import FinetuneConfig
 from mimref.transfer.suite.config import SuiteConfig
 from mimref.transfer.suite.plan import Entry, labelled_errors, plan_entries
@@ -172,7 +172,7 @@ def _check_folder(out: Path, parts: Sequence[_Part], *, resume: bool, force: boo
         raise OutputError(f"{out}: holds no suite to resume; name its folder with --out, or omit --resume to start one")
     if suite and not (resume or force):
         raise OutputError(f"{out}: holds a suite; --resume runs what is missing, --force starts over")
-    ours = [out / "results.json", out / "metrics.jsonl", *(part.folder for part in parts)]
+    ours = [*(out / name for name in ("results.json", "metrics.jsonl", *WRITTEN)), *(part.folder for part in parts)]
     if not suite and (found := next(filter(os.path.lexists, ours), None)):
         raise OutputError(f"{out}: already holds {found.relative_to(out)}, and no suite; choose another --out")
 
