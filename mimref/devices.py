@@ -82,9 +82,11 @@ def derive_precision(recipe: Recipe[Any]) -> None:
 def adapt_precision(recipe: Recipe[Any]) -> None:
     """Replace a preset's bfloat16 on a device without instructions for it, where it is slower than float32."""
     device = resolve_device(recipe.config.device)
-    lacking = not multiplies_bf16(device) if device.type == "cpu" else not supports_bf16(device)
+    on_cpu = device.type == "cpu"
+    lacking = not multiplies_bf16(device) if on_cpu else not supports_bf16(device)
     if recipe.config.precision == "bf16" and lacking:
-        recipe.adapt("precision", "fp32", f"faster: this {device.type.upper()} has no instructions for bf16")
+        where = "CPU" if on_cpu else "GPU"
+        recipe.adapt("precision", "fp32", f"faster: this {where} has no instructions for bf16")
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

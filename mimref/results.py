@@ -5,6 +5,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
@@ -92,10 +93,11 @@ WRITTEN = (
 """Names of files that commands other than trainings write into their output folder, besides results.json."""
 
 
-def check_folder(out: Path, force: bool) -> None:
+def check_folder(out: Path, force: bool, *, unfinished: str = "") -> None:
     """Raise OutputError for a folder that holds results or files of their names (unless `force`), or an unfinished run.
 
-    Also raised for a folder that cannot be written.
+    Also raised for a folder that cannot be written. unfinished: text by which a results.md is known as the page of an
+    interrupted command, which may be replaced.
     """
     check_writable(out)
     if (out / "results.json").exists():
@@ -104,14 +106,27 @@ def check_folder(out: Path, force: bool) -> None:
     elif (out / "metrics.jsonl").exists():
         # New results would look like those of that run.
         raise OutputError(f"{out}: holds an unfinished run of refine or pretrain; choose another --out")
-    elif not force and (found := next((name for name in WRITTEN if os.path.lexists(out / name)), None)):
+    elif not force and (found := next((name for name in WRITTEN if _is_kept(out / name, unfinished)), None)):
         raise OutputError(f"{out}: holds {found}, but no results.json; choose another --out, or --force to replace it")
 
 
+def _is_kept(file: Path, unfinished: str) -> bool:
+    if unfinished and file.name == "results.md" and file.is_file():
+        with suppress(OSError):
+            return unfinished not in file.read_text(encoding="utf-8", errors="replace")
+    return os.path.lexists(file)
+
+
 def remove_earlier(out: Path) -> None:
-    """Remove what an earlier command has written into its output folder; its results.json is replaced later."""
+    """Remove what an earlier command has written into its output folder; its results.json is replaced later.
+
+    Raises OutputError for what cannot be removed.
+    """
     for name in WRITTEN:
-        (out / name).unlink(missing_ok=True)
+        try:
+            (out / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"{out / name}: cannot be removed ({error.strerror}); choose another --out") from error
 
 
 def write_results(

@@ -150,7 +150,9 @@ def test_what_is_saved_beside_the_weights(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(saved))
     found = load(tmp_path).transform
     assert (found.mean, found.std, found.image_size) == ((0.5, 0.5, 0.5), (0.5, 0.25, 1.0), IMAGE)
-    assert any("preprocessor_config.json" in notice for notice in read_checkpoint(tmp_path).notices(tiny_of(tmp_path)))
+    assert any(
+        "configuration beside the file" in notice for notice in read_checkpoint(tmp_path).notices(tiny_of(tmp_path))
+    )
     for wrong in ({"image_mean": [0.5], "image_std": [0.5]}, {"image_mean": 3}, {**saved, "do_normalize": False}):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(wrong))
         assert load(tmp_path).transform.mean == IMAGENET_MEAN

@@ -318,8 +318,14 @@ def test_a_failure_leaves_no_averages(
         patched.setattr(module, "evaluate_knn", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             module.interpolate(config, tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / ".averages-killed").mkdir(parents=True)
     module.interpolate(config, tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*"))
+    name = "encoder.safetensors" if choose else "alpha-0.5.safetensors"
+    (tmp_path / "other" / name).mkdir(parents=True)
+    with pytest.raises(OutputError, match="is a folder"):
+        module.interpolate(config, tmp_path / "other", force=True)
 
 
 def test_alphas_with_the_same_name_are_refused() -> None:

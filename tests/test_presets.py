@@ -305,7 +305,9 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
         load_config(RefineConfig, str(path))
     with pytest.raises(ConfigError, match=r"^Preset file '.*mine\.toml' is not valid TOML: .*line 2"):
         write_and_load(path, "seed = 1\nbatch_size = = 3\n")
-    with pytest.raises(ConfigError, match=r"^Unknown setting 'heads\.blcoks'; did you mean 'heads\.blocks'\?$"):
+    with pytest.raises(
+        ConfigError, match=r"mine\.toml: Unknown setting 'heads\.blcoks'; did you mean 'heads\.blocks'\?$"
+    ):
         write_and_load(path, '[heads]\nblcoks = "last8"\n')
     with pytest.raises(ConfigError, match=r"^Unknown preset 'nothing'"):
         write_and_load(path, 'base = "nothing"\n')

@@ -76,7 +76,7 @@ def test_training_images_are_decoded_as_the_weights_record(paths: tuple[Path, Pa
 
 def test_the_queue_holds_top_k_rows_of_other_images(paths: tuple[Path, Path]) -> None:
     assert make_plan(refine_config(*paths, encoder_stage__top_k=21, heads__queue_size=24))
-    with pytest.raises(ConfigError, match=r"top_k 22 needs a heads\.queue_size of at least 25, not 24"):
+    with pytest.raises(ConfigError, match=r"top_k of 22 needs a heads\.queue_size of at least 25, not 24"):
         make_plan(refine_config(*paths, encoder_stage__top_k=22, heads__queue_size=24))
 
 

@@ -157,16 +157,18 @@ def everything(options: BenchmarkOptions) -> None:
     Examples:
       mimref benchmark all --out runs/benchmark
     """
-    options.check_out()
-    options.checks.finish()
-
     from mimref.benchmarks.suite.run import machine_facts, run_suite
     from mimref.files import write_bytes
-    from mimref.reports.benchmarks import missed_lines, print_findings, suite_page
+    from mimref.reports.benchmarks import UNFINISHED, missed_lines, print_findings, suite_page
     from mimref.reports.terminal import Terminal
-    from mimref.results import write_results
+    from mimref.results import check_folder, remove_earlier, write_results
 
     started, device, out = time.monotonic(), options.device or "auto", options.out
+    if out is not None:
+        options.checks.run("out", lambda: check_folder(out, options.force, unfinished=UNFINISHED))
+    options.checks.finish()
+    if out is not None:
+        remove_earlier(out)
     facts = machine_facts(device)
     command = f"mimref {shlex.join(sys.argv[1:])}"
 
@@ -207,7 +209,7 @@ def memory(options: MemoryOptions) -> None:
     from mimref.benchmarks.memory import memory_facts, memory_page, plan_memory
     from mimref.files import write_bytes
     from mimref.reports.terminal import Terminal
-    from mimref.results import write_results
+    from mimref.results import remove_earlier, write_results
 
     started = time.monotonic()
     with Terminal(options.quiet) as terminal:
@@ -216,6 +218,7 @@ def memory(options: MemoryOptions) -> None:
         typer.echo(f"{what}: {much}")
     if options.out is not None:
         settings = config.model_dump(mode="json")
+        remove_earlier(options.out)
         write_results(options.out, "benchmark memory", settings, time.monotonic() - started, rows)
         write_bytes(options.out / "results.md", memory_page(rows).encode())
         note(f"results in {options.out}", options)
@@ -246,8 +249,9 @@ def _write(
         typer.echo(f"{what}: {much}")
     if options.out is None:
         return
-    from mimref.results import write_results
+    from mimref.results import remove_earlier, write_results
 
+    remove_earlier(options.out)
     write_results(options.out, command, settings, time.monotonic() - started, rows)
     if facts:
         from mimref.benchmarks.cost import markdown

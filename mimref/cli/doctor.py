@@ -44,8 +44,9 @@ def doctor(options: DoctorOptions) -> None:
         print_checks(checks)
     if options.out is not None:
         from mimref.files import write_bytes
-        from mimref.results import write_results
+        from mimref.results import remove_earlier, write_results
 
+        remove_earlier(options.out)
         write_results(options.out, "doctor", {}, elapsed_s, [check.row() for check in checks])
         write_bytes(options.out / "results.md", doctor_page(checks).encode())
         note(f"results in {options.out}", options)

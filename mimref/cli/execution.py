@@ -65,9 +65,9 @@ def report(
         if result.data is not None:
             config = config.model_copy(update={"data": result.data})
         settings, bad = config.model_dump(mode="json"), result.bad_images
-        remove_earlier(options.out)
-        save_exhibits(options.out, result, options)
         try:
+            remove_earlier(options.out)
+            save_exhibits(options.out, result, options)
             write_results(options.out, config.command, settings, result.elapsed_s, result.rows, bad_images=bad)
         except OutputError:  # the disk is full, or the folder is gone; the result is complete nevertheless
             show(result.rows)

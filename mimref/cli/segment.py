@@ -55,8 +55,12 @@ def segment(options: SegmentOptions) -> None:
     if options.epochs is not None and options.updates is None:
         # Presets and the protocol dinov2 set a number of updates, which would take precedence.
         options.sets = ["training.updates=none", *(options.sets or ())]
-    quick = options.checkpoint is None and options.protocol != "dinov2"  # its rates are for the paper's protocol
-    config = options.load(SegmentConfig, options.preset or ("quickstart" if quick else None))
+    preset = options.preset or (None if options.checkpoint else "quickstart")
+    protocols = (options.protocol, *(each.partition("=")[2].strip() for each in options.sets or ()))
+    if preset == "quickstart" and "dinov2" in protocols:
+        # The preset's rates are for the paper's protocol.
+        options.sets = ["training.lr=0.001", "training.block_lr=0.001", *(options.sets or ())]
+    config = options.load(SegmentConfig, preset)
     if print_finished(options.out, config.command, options):
         return
     options.check_out()

@@ -114,7 +114,7 @@ class EvalTransform:
     def from_dict(cls, saved: Mapping[str, Any]) -> "EvalTransform":
         """Read what `to_dict` wrote. Raises ConfigError for missing keys and invalid values."""
         try:
-            sizes = int(saved["image_size"]), float(saved["crop_fraction"])
+            sizes = int(saved["image_size"]), float(saved.get("crop_fraction", 0.875))
             mean, std = (tuple(map(float, saved[key])) for key in ("mean", "std"))
             if len(mean) != len(std):
                 raise ValueError(f"{len(mean)} means and {len(std)} standard deviations")

@@ -97,7 +97,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 of the tensors' names and bytes, independent of the file's name. Reads every tensor.
 
-        If the file holds several encoders, or its grid of patches is not square, it depends on the choice as well.
+        If the file holds several encoders, averaged weights or a grid that is not square, it depends on the choice.
         """
         digest, found = tensors_hash(self.tensors), self.recognised
         own = set(map(id, self.tensors.values()))
@@ -233,8 +233,8 @@ def _read(path: str | Path, reading: ReadingConfig, progress: LabelledProgress |
     if saved:
         found.notices.append("mean and deviation of the pixels are taken from the configuration beside the file")
     if "transform" not in header and (normalisation := saved or found.normalisation):
-        sizes = {"image_size": found.architecture.image_size, "crop_fraction": 0.875}
-        checkpoint = replace(checkpoint, header={"transform": sizes | normalisation})
+        size = {"image_size": found.architecture.image_size}
+        checkpoint = replace(checkpoint, header={"transform": size | normalisation})
     architecture, source = found.architecture, found.source
     if published := find_named(path):
         source, licence = published.source, published.licence
@@ -258,7 +258,7 @@ def _from_timm(path: str) -> Checkpoint:
     tensors, architecture = dict(model.state_dict()), find_architecture(name, None, None)
     if isinstance(architecture, Architecture):
         architecture = with_fixed_positions(architecture, tensors)
-    transform = {"image_size": architecture.image_size, "crop_fraction": 0.875} | normalisation(name)
+    transform = {"image_size": architecture.image_size} | normalisation(name)
     header = {"architecture": architecture.to_dict(), "source": "timm", "transform": transform}
     return Checkpoint(Path(path), tensors, header, architecture, source="timm")
 

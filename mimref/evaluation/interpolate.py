@@ -1,5 +1,6 @@
 """Averages of a base and a refined encoder's weights, which trade off their strengths (the idea of WiSE-FT)."""
 
+import shutil
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -24,9 +25,11 @@ from mimref.evaluation.metrics import check_labels
 from mimref.features.config import CacheConfig
 from mimref.features.header import resolve_data
 from mimref.features.opening import Opened, check_device, open_images, warn_of_notices
+from mimref.locks import folder_lock
 from mimref.progress import Listener, Silent
-from mimref.results import EvaluationResult, Row, check_folder, write_results
+from mimref.results import EvaluationResult, Row, check_folder, remove_earlier, write_results
 
+_TEMPORARY = ".averages-"
 CHOSEN = "encoder.safetensors"
 """File name of the chosen average, which makes its folder usable as a checkpoint."""
 
@@ -84,11 +87,13 @@ def interpolate(
     check_device(config, checks)
     ends = _open(config, listener, checks)
     config = ends.config
-    if config.choose is None:
-        rows, bad = _write_all(ends, out, listener)
-    else:
-        rows, bad = _write_chosen(ends, out, listener)
+    write = _write_all if config.choose is None else _write_chosen
+    with folder_lock(out):
+        for left in out.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(left, ignore_errors=True)  # of a killed process
+        rows, bad = write(ends, out, listener)
     elapsed_s = time.monotonic() - started
+    remove_earlier(out)
     write_results(out, config.command, config.model_dump(mode="json"), elapsed_s, rows, bad_images=bad)
     return EvaluationResult(rows, elapsed_s, bad)
 
@@ -107,6 +112,8 @@ def _check_file(file: Path, config: InterpolateConfig, force: bool) -> None:
     for path in map(Path, (config.base, config.refined)):
         if file.exists() and any(each.exists() and each.samefile(file) for each in (path, path / CHOSEN)):
             raise OutputError(f"{file}: is one of the encoders to average; choose another --out")
+    if file.is_dir():
+        raise OutputError(f"{file}: is a folder; choose another --out")
     if file.exists() and not force:
         raise OutputError(f"{file}: exists; choose another --out, or --force to replace it")
 
@@ -150,8 +157,7 @@ def _write_all(ends: _Ends, out: Path, listener: Listener) -> tuple[list[Row], l
     rows: list[Row] = []
     bad: list[tuple[str, str]] = []
     alphas = ends.config.alpha
-    out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".averages-", dir=out) as folder:
+    with TemporaryDirectory(prefix=_TEMPORARY, dir=out) as folder:
         for done, alpha in enumerate(alphas, 1):
             file = Path(folder, _name(alpha))
             ends.write(file, alpha)
@@ -167,8 +173,7 @@ def _write_all(ends: _Ends, out: Path, listener: Listener) -> tuple[list[Row], l
 def _write_chosen(ends: _Ends, out: Path, listener: Listener) -> tuple[list[Row], list[tuple[str, str]]]:
     """Measure every average, write the best, and measure it on the validation images."""
     alphas, by, rows = ends.config.alpha, ends.config.choose, list[Row]()
-    out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".averages-", dir=out) as folder:
+    with TemporaryDirectory(prefix=_TEMPORARY, dir=out) as folder:
         for done, alpha in enumerate(alphas, 1):
             file = Path(folder, _name(alpha))
             ends.write(file, alpha)

@@ -72,6 +72,12 @@ def with_statistics(
     return data.model_copy(update={"mean": mean, "std": std})
 
 
+def records_crop(header: Mapping[str, Any]) -> bool:
+    """Return whether a header records the crop of evaluations, and not just how channels are normalised."""
+    transform = header.get("transform")
+    return isinstance(transform, Mapping) and "crop_fraction" in transform
+
+
 def data_record(data: DataConfig) -> dict[str, Any]:
     """Return what a header records of the data, for `resolve_data`; folders are absolute paths."""
     recorded = {key: getattr(data, key) for key in _IMAGES}

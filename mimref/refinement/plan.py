@@ -22,7 +22,7 @@ from mimref.evaluation.assess.verdicts import NAMES
 from mimref.evaluation.blocks.statistics import blocks_text, recommend_heads
 from mimref.evaluation.monitor import KnnMonitor
 from mimref.features.encode import Column, columns_of
-from mimref.features.header import eval_transform
+from mimref.features.header import eval_transform, records_crop
 from mimref.features.opening import check_device, open_training, without_limit
 from mimref.progress import LabelledProgress
 from mimref.refinement.config import LossConfig, RefineConfig
@@ -126,7 +126,7 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
     limited = [*limited, *opened.derived]
     data, derived, known = opened.data, limited, config.preset is not None
     if checkpoint is not None and architecture is not None and data is not None and sources:
-        complete, recorded = config.model_copy(update={"data": data}), "transform" in checkpoint.header
+        complete, recorded = config.model_copy(update={"data": data}), records_crop(checkpoint.header)
         fitting = partial(fit, complete, architecture, sources["train"], crop_known=recorded)
         if (fitted := checks.run("preset", fitting)) is not None:
             (config, found), data, known = fitted, fitted[0].data, True

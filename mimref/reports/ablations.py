@@ -44,7 +44,8 @@ def ablations_page(result: AblationsResult, command: str) -> str:
         f"```bash\n{command}\n```",
         "",
         f"Seeds {', '.join(map(str, result.suite.seeds))}; {readable(result.elapsed_s)} of training in all runs "
-        "together. Values are means over the seeds, with the range; differences are between runs with the same seed.",
+        "together. Values are means over the seeds, with the range; differences are between runs with the same seed."
+        f"{_fewer(rows, len(result.suite.seeds))}",
         "The paper's results are for data2vec 2.0 ViT-L/16 on ImageNet-1K (Table 1), ours for "
         f"{config.encoder.weights or config.encoder.arch} on {config.data.spec}.",
         "",
@@ -62,6 +63,12 @@ def ablations_page(result: AblationsResult, command: str) -> str:
         text += ["", *_sentences(lines), ""]
     text += _skipped(result.bad_images)
     return "\n".join(text).rstrip() + "\n"
+
+
+def _fewer(rows: Sequence[Row], seeds: int) -> str:
+    """Return a sentence that names the tables whose lines have fewer seeds."""
+    tables = sorted({str(row["table"]) for row in rows if "table" in row and int(row.get("seeds", seeds)) < seeds})
+    return f" Lines of ({'), ('.join(tables)}) have fewer seeds." if tables else ""
 
 
 def _skipped(images: Sequence[tuple[str, str]]) -> list[str]:

@@ -10,6 +10,7 @@ from rich.text import Text
 from mimref.benchmarks.suite.lines import Finding, Verdict
 from mimref.reports.tables import markdown_lines, plain_table
 
+UNFINISHED = "- not finished: the command was stopped, or still runs"
 _NAMES = ("", "measured", "verdict", "threshold", "with")
 _STYLES: dict[Verdict, str] = {"met": "green", "missed": "bold red", "failed": "bold red"}
 
@@ -42,7 +43,7 @@ def suite_page(
     finished: whether the findings are complete.
     """
     text = [f"```bash\n{command}\n```", "", *(f"- {name}: {value}" for name, value in facts.items())]
-    text += [f"- {elapsed_s:,.0f} s in all" if finished else "- not finished: the command was stopped, or still runs"]
+    text += [f"- {elapsed_s:,.0f} s in all" if finished else UNFINISHED]
     lines = [(finding.line.name, _value(finding), finding.verdict, _bar(finding), finding.note) for finding in findings]
     text += ["", *markdown_lines(_NAMES, lines), "", _summary(findings), ""]
     if missed := missed_lines(findings):

@@ -4,10 +4,13 @@
 the k-NN curves over the blocks; and settings/ and logs/. A run with results is finished and is not run again.
 """
 
+import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mimref.config.base import dump_config
 from mimref.config.load import load_config
@@ -74,7 +77,7 @@ def run_ablations(
     with stop_signal(), folder_lock(out):
         if force and (out / SETTINGS).is_file():
             _clear(out)
-        write_bytes(out / SETTINGS, dump_config(whole, defaults=False).encode())
+        write_bytes(out / SETTINGS, dump_config(config, defaults=False).encode())
         for notice in (*suite.plan.notices, *suite.plan.derived):
             listener.note(str(notice))
         wanted = runs_of(suite, config)
@@ -97,11 +100,19 @@ def jobs_of(config: AblationsConfig) -> int:
 
 
 def _with_earlier(config: AblationsConfig, out: Path) -> AblationsConfig:
-    """Return the settings with the tables and seeds of earlier calls as well, whose results stay in the tables."""
+    """Return the settings with the tables and seeds of earlier calls as well, whose results stay in the tables.
+
+    Those of the last call are in its settings, those of all calls before in the results.
+    """
     if not (out / SETTINGS).is_file():
         return config
-    earlier = load_config(AblationsConfig, str(out / SETTINGS))
-    added = {name: sorted({*getattr(earlier, name), *getattr(config, name)}) for name in ("seeds", "tables")}
+    last, before = load_config(AblationsConfig, str(out / SETTINGS)), dict[str, Any]()
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        before = dict(json.loads((out / "results.json").read_text(encoding="utf-8"))["config"])
+    added = {
+        name: sorted({*getattr(config, name), *getattr(last, name), *before.get(name, ())})
+        for name in ("seeds", "tables")
+    }
     return config.model_copy(update=added)
 
 

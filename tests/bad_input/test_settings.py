@@ -31,7 +31,7 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"heads.temperature": []}, ("heads.temperature = []",)),
     ({"heads.queue_size": 49}, ("heads.queue_size 49", "48 training images")),
     ({"encoder_stage.top_k": 25}, ("encoder_stage.top_k 25", "24", "heads.queue_size")),
-    ({"heads_stage.top_k": 24}, ("top_k 24", "heads.queue_size", "27")),
+    ({"heads_stage.top_k": 24}, ("top_k of 24", "heads.queue_size", "27")),
     ({"batch_size": 49}, ("batch_size 49", "48 training images", "--batch-size 48")),
     ({"data.train_limit": 1}, ("1 training image",)),
     ({"encoder_stage.freeze_blocks": 4}, ("encoder_stage.freeze_blocks 4", "block 4")),

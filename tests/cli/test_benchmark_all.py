@@ -96,12 +96,12 @@ def test_what_was_measured_before_a_stop_is_on_the_page(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stop = tasks.task("stop", partial(tasks.stopping, parent=os.getpid(), number=number))
-    use(monkeypatch, [GOOD, tasks.part(stop, tasks.good("late"))])
+    use(monkeypatch, [GOOD, tasks.part(stop, tasks.good("afterwards"))])
     out = tmp_path / "out"
     assert run(["benchmark", "all", "--out", str(out)]) == 128 + number
     assert "stopped after 2 of 4 measurements" in capsys.readouterr().err
     page = (out / "results.md").read_text()
-    assert "| memory | 20 s | met |" in page and "not finished" in page and "late" not in page
+    assert "| memory | 20 s | met |" in page and "not finished" in page and "afterwards" not in page
     assert not (out / "results.json").exists()
     # The same command can be run again.
     use(monkeypatch, [GOOD])

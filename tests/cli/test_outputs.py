@@ -50,6 +50,15 @@ def test_force_leaves_nothing_of_the_replaced_results(folder: Path, tmp_path: Pa
     assert sorted(each.name for each in out.iterdir()) == ["notes.txt", "results.csv", "results.json"]
 
 
+def test_what_cannot_be_removed_is_told_after_the_scores(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.html" / "inside").mkdir(parents=True)
+    assert run(line("knn", folder, "--k", "3", "--out", str(tmp_path), "--force")) == 2
+    printed = capsys.readouterr()
+    assert "k-NN top-1" in printed.out and "report.html: cannot be removed" in printed.err
+
+
 def test_resume_and_force_exclude_each_other(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (
         refine(folder, tmp_path / "run"),

@@ -104,6 +104,11 @@ def test_a_suite(folder: Path, started: list[str], capsys: pytest.CaptureFixture
     page = (out / "ablations.md").read_text()
     assert "Seeds 0, 1, 2; " in page and "| swapped | swapped | k-NN | 75.0 (74.9 to 75.0) |" in page
     assert "agrees: worse with all 3 seeds" in page and "## (a)" in page
+    assert "Lines of (a), (d) have fewer seeds." in page
+    # --resume continues the last command, and not all combinations of seeds and tables.
+    del started[:]
+    assert run(["reproduce", "ablations", "--resume", "--out", str(out), "--quiet"]) == 0 and started == []
+    assert "## (a)" in (out / "ablations.md").read_text()
     (out / "ablations.toml").write_text("seeds = 0")
     assert run(line(folder, "--seeds", "2", "--tables", "e")) == 2
     assert "ablations.toml" in capsys.readouterr().err

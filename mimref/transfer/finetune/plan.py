@@ -24,7 +24,7 @@ from mimref.errors import Checks, ConfigError
 from mimref.evaluation.lowshot.protocol import check_shots, draw_split
 from mimref.evaluation.lowshot.split_files import read_split_files
 from mimref.evaluation.metrics import name_classes, number_labels
-from mimref.features.header import eval_transform
+from mimref.features.header import eval_transform, records_crop
 from mimref.features.opening import check_device, open_training, warn_of_notices, without_limit
 from mimref.progress import Listener
 from mimref.transfer.finetune.config import FinetuneConfig
@@ -95,7 +95,7 @@ def make_plan(config: FinetuneConfig, listener: Listener, checks: Checks) -> Pla
         known, counts = config.preset is not None, [len(train) if rows is None else len(rows) for rows in splits or ()]
         if checkpoint and architecture and numbered and counts and checks.passed:
             labelled = Labelled(min(counts), len(numbered[0]), len(val))
-            recorded = "transform" in checkpoint.header
+            recorded = records_crop(checkpoint.header)
             fitting = partial(_fitted, config, labelled, train, architecture, crop_known=recorded)
             if (fitted := checks.run("preset", fitting)) is not None:
                 config, derived, known = fitted[0], [*derived, *fitted[1]], True

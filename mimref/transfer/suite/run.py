@@ -205,7 +205,7 @@ def _check_checkpoint(checkpoint: str, config: SuiteConfig, listener: Listener) 
 
 def _prepare(out: Path, config: SuiteConfig, replaced: Sequence[_Part]) -> None:
     """Remove what is replaced, suite.toml first, so that remains never look finished; then write suite.toml."""
-    for name in ("suite.toml", "results.json", "results.csv", "results.md", "suite.png") if replaced else ():
+    for name in ("suite.toml", "results.json", *WRITTEN) if replaced else ():
         (out / name).unlink(missing_ok=True)
     for part in replaced:
         shutil.rmtree(part.folder, ignore_errors=True)
