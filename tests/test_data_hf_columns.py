@@ -89,7 +89,7 @@ def test_columns_of_labels_are_chosen_by_name(tmp_path: Path, kind: str) -> None
     assert opened(tmp_path).labels is None
     assert "fine_label, coarse_label" in opened(tmp_path).notices[0]
     for split in ("train", "val"):
-        with pytest.raises(DataError, match=r"fine_label, coarse_label: --set data\.label=fine_label$"):
+        with pytest.raises(DataError, match=r"fine_label, coarse_label: --set data\.label=fine_label;"):
             open_source(DataConfig(spec=f"hf:{tmp_path}"), split, need_labels=True)  # type: ignore[arg-type]
         source = opened(tmp_path, split, label="fine_label")
         assert labels_of(source) == CLASSES and numbers(source) == [0, 1, 2] and not source.notices

@@ -259,8 +259,9 @@ def test_files_in_the_folder_are_kept(choose: str | None, tmp_path: Path) -> Non
 
 
 def test_weights_of_unknown_architecture_have_that_of_the_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(timm, "list_models", lambda *_, **__: ["test_convnext"])  # building all takes seconds
     torch.manual_seed(0)
     model: Any = timm.create_model("test_convnext", num_classes=10)
     foreign = tmp_path / "foreign.pth"

@@ -110,9 +110,9 @@ def classified(folder: Path) -> list[int]:
     original: Callable[..., Any] = classify.classify
 
     def watching(*args: Any, **options: Any) -> Any:
-        for batch in original(*args, **options):
+        for batch, logits_BC in original(*args, **options):
             seen.extend(batch.indices)
-            yield batch
+            yield batch, logits_BC
 
     classify.classify = watching
     try:

@@ -309,7 +309,7 @@ def test_images_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "flat", per_class=8, classes=("",), split="val")
     write_images(tmp_path / "one", per_class=24, classes=("a",), split="train")
     write_images(tmp_path / "one", per_class=24, classes=("a",), split="val")
-    for name, part in (("no val", "no val"), ("new", "class 'new'"), ("flat", "val"), ("one", "two or more")):
+    for name, part in (("no val", "no val"), ("new", "class 'new'"), ("flat", "val"), ("one", "two classes or more")):
         with pytest.raises((ConfigError, DataError)) as caught:
             make_plan(finetune_config(folder / "encoder.safetensors", tmp_path / name), Silent(), Checks())
         assert part in str(caught.value) and "\n" not in str(caught.value)

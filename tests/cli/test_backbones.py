@@ -118,7 +118,10 @@ def test_what_needs_a_plain_vit(
     assert named in refusal(capsys, args[0], str(refined), *args[1:])
 
 
-def test_weights_without_a_header_need_arch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_without_a_header_need_arch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm, "list_models", lambda *_, **__: ["test_convnext"])  # building all takes seconds
     model = timm.create_model("test_convnext", num_classes=7)
     torch.save(model.state_dict(), tmp_path / "a.pth")
     command = ["refine", "--weights", str(tmp_path / "a.pth"), "--data", "digits", "--device", "cpu", "--dry-run"]

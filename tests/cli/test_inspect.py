@@ -55,7 +55,10 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Capt
     assert "gpt.pt: " in captured.err and "pass --arch" in captured.err
 
 
-def test_files_whose_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_whose_model_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm, "list_models", lambda *_, **__: ["test_convnext"])  # building all takes seconds
     model = timm.create_model("test_convnext", num_classes=10).half()
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "a.pth")
