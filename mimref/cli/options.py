@@ -79,6 +79,14 @@ class Configured(Device):
     precision: Text = option("Default: bf16 on CUDA, elsewhere fp32 or a recipe's choice.", "fp32|bf16", "precision")
     sets: list[str] | None = option("Any other setting; repeatable.", "KEY=VALUE", flag="--set")
 
+    def given(self, setting: str) -> str | None:
+        """Return the value of a setting that an option or `--set` gives; None if there is none."""
+        pairs = (each.partition("=") for each in self.sets or ())
+        sets = [value.strip() for key, _, value in pairs if key.strip() == setting]
+        fields = (field for field, (option, _) in self.declared().items() if option.sets == setting)
+        found = sets[-1].strip("\"'") if sets else next((getattr(self, field) for field in fields), None)
+        return found if isinstance(found, str) else None
+
     def load(
         self, model: "type[Config]", preset: str | None = None, choose: Callable[[], str | None] | None = None
     ) -> "Config":

@@ -56,8 +56,7 @@ def segment(options: SegmentOptions) -> None:
         # Presets and the protocol dinov2 set a number of updates, which would take precedence.
         options.sets = ["training.updates=none", *(options.sets or ())]
     preset = options.preset or (None if options.checkpoint else "quickstart")
-    protocols = (options.protocol, *(each.partition("=")[2].strip() for each in options.sets or ()))
-    if preset == "quickstart" and "dinov2" in protocols:
+    if preset == "quickstart" and options.given("protocol") == "dinov2":
         # The preset's rates are for the paper's protocol.
         options.sets = ["training.lr=0.001", "training.block_lr=0.001", *(options.sets or ())]
     config = options.load(SegmentConfig, preset)

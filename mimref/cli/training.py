@@ -48,14 +48,6 @@ class TrainingOptions(Images, Batch, Preset, Seed, Report, Resume, panel="Traini
 
     strict: bool | None = option("Refuse a preset that does not fit, instead of adapting it.", sets="strict")
 
-    def given(self, setting: str) -> str | None:
-        """Return the value of a setting that an option or `--set` gives; None if there is none."""
-        pairs = (each.partition("=") for each in self.sets or ())
-        sets = [value.strip() for key, _, value in pairs if key.strip() == setting]
-        fields = (field for field, (option, _) in self.declared().items() if option.sets == setting)
-        found = sets[-1].strip("\"'") if sets else next((getattr(self, field) for field in fields), None)
-        return found if isinstance(found, str) else None
-
     def resumed_preset(self) -> str | None:
         """Return the settings file of the run that `--resume --out DIR` continues, so that no option need be repeated.
 
