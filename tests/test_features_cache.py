@@ -6,15 +6,19 @@ import multiprocessing
 import os
 import shutil
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 
 from mimref.cli import run
+from mimref.data.decode import BadImage
+from mimref.data.sources import ArraySource
+from mimref.data.traits import TURNED
 from mimref.errors import ConfigError, DataError, OutputError
 from mimref.features.cache import partial
 from mimref.features.cache.contents import clear, damaged_files, list_entries
@@ -282,7 +286,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: partial.PartialPass, name: str, data: memoryview) -> None:
         nonlocal count
         count += 1
-        if count > 5:
+        if count > 8:  # in the third batch: three files each
             self._files[name].close()
             self._files[name] = _Full(self.folder / name)
         written(self, name, data)
@@ -373,3 +377,73 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 20e6, tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
+
+
+class Images(ArraySource):
+    """A source whose images `BAD` cannot be read until they are mended."""
+
+    def __init__(self) -> None:
+        pixels = np.zeros((IMAGES, 2, 2), np.uint8)
+        super().__init__("images", pixels, None, None, "val", np.arange(IMAGES))
+        self.mended: set[int] = set()
+
+    def read(self, index: int) -> torch.Tensor:
+        if index in BAD and index not in self.mended:
+            raise BadImage(self.path(index), "permission denied")
+        return super().read(index)
+
+    def path(self, index: int) -> str:
+        return f"{index}.png"
+
+
+def test_images_that_can_be_read_again_are_used(tmp_path: Path) -> None:
+    cache, images, told = cached(tmp_path, Notes()), Images(), Pass()
+    cache.columns(spec(), [CLS], told, source=images)
+    cache.columns(spec(), [CLS], told, source=images)
+    assert len(told.calls) == 1  # still unreadable
+    images.mended = {max(BAD)}
+    cache.columns(spec(), [CLS], told, source=images)
+    assert told.calls == [([CLS], 0)] * 2
+    assert any("can be read now" in line for line in cache.listener.notes)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_a_resumed_pass_tries_unreadable_images_again(mended: bool, tmp_path: Path) -> None:
+    cache, images, again = cached(tmp_path), Images(), Pass()
+    after = max(BAD) // BATCH * BATCH + BATCH
+    with pytest.raises(KeyboardInterrupt):
+        cache.columns(spec(), [CLS], Pass(after), source=images)
+    images.mended = {max(BAD)} if mended else set()
+    cache.columns(spec(), [CLS], again, source=images)
+    assert again.calls == [([CLS], 0 if mended else after)]
+
+
+def test_columns_whose_rows_no_longer_match_are_computed_again(tmp_path: Path) -> None:
+    cache, everything = cached(tmp_path), Pass()
+
+    def fewer(columns: list[Column], start: int) -> Iterator[Batch]:
+        for batch in Pass()(columns, start):
+            kept = [row for row, index in enumerate(batch.indices) if index]
+            yield batch._replace(
+                indices=batch.indices[1:] if 0 in batch.indices else batch.indices,
+                columns=[values[kept] for values in batch.columns],
+            )
+
+    cache.columns(spec(), [CLS], everything)
+    found = cache.columns(spec(), [CLS, MEAN], fewer)
+    assert len(found) == len(found.matrix([CLS])) == len(found.matrix([MEAN])) and 0 not in found.indices
+
+
+def test_traits_of_an_interrupted_pass_are_kept(tmp_path: Path) -> None:
+    def run_pass(stop: int | None) -> Callable[[list[Column], int], Iterator[Batch]]:
+        return lambda columns, start: (
+            batch._replace(traits=[TURNED] * len(batch.indices)) for batch in Pass(stop)(columns, start)
+        )
+
+    images = Images()
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path).columns(spec(), [CLS], run_pass(2 * BATCH), source=Images())
+    cached(tmp_path).columns(spec(), [CLS], run_pass(None), source=images)
+    (line,) = images.peculiarities()
+    resumed = len([index for index in range(2 * BATCH) if index not in BAD])
+    assert line.startswith(f"{resumed} of {resumed} images")  # the pass records the others as it reads them

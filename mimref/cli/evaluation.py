@@ -108,7 +108,7 @@ def cluster(options: ClusterOptions) -> None:
 
     from mimref.evaluation.cluster.protocol import evaluate_cluster
 
-    work = partial(evaluate_cluster, embed=umap is not None, exhibits=options.reports)
+    work = partial(evaluate_cluster, embed=umap is not None, assigned=options.out is not None, exhibits=options.reports)
     found = run_on_ranks(config, options, work)
     if found is None:
         return

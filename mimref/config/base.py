@@ -1,6 +1,7 @@
 """Strict models of settings: types of values, and the settings of all commands."""
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import tomli_w
@@ -167,6 +168,8 @@ class CommandConfig(Section):
     """Name on the command line, and folder of the command's presets."""
     device_decoding: ClassVar[bool] = False
     """Whether the command can decode images on the device."""
+    unread: ClassVar[Mapping[str, str]] = {}
+    """Inherited settings without effect on the command, and what to do instead of setting them."""
     presets_of: ClassVar[str | None] = None
     """Another command, whose presets the settings start from."""
 
@@ -189,6 +192,13 @@ class CommandConfig(Section):
     def _check_decoding(self) -> Self:
         if self.data.decode == "device" and not self.device_decoding:
             raise ValueError(f"data.decode device: {self.command} decodes images in its loader processes; set cpu")
+        return self
+
+    @model_validator(mode="after")
+    def _check_unread(self) -> Self:
+        for name, advice in self.unread.items():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect on mimref {self.command}; {advice}")
         return self
 
     @property

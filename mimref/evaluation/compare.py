@@ -11,16 +11,19 @@ from mimref.data.sources import ImageSource
 from mimref.distributed.group import end_group
 from mimref.encoders.backbones import TokenEncoder
 from mimref.errors import Checks, ConfigError, DataError
+from mimref.evaluation.cluster.classes import check_clusters
 from mimref.evaluation.cluster.kmeans import BestRun
 from mimref.evaluation.cluster.protocol import check_metrics, cluster_and_best
 from mimref.evaluation.config import CompareConfig
 from mimref.evaluation.exhibits.collect import Exhibition, IllustratedResult, Voting
 from mimref.evaluation.knn.protocol import check_neighbours, knn
 from mimref.evaluation.lowshot.protocol import check_shots, default_splits, load_solver, lowshot
-from mimref.evaluation.metrics import check_labels, labelled, number_labels
+from mimref.evaluation.metrics import check_labels, labelled, number_classes, number_labels
+from mimref.evaluation.probe.grid import check_held_out
 from mimref.evaluation.probe.protocol import input_columns, probe_features
 from mimref.features.encode import PIXELS, Column, Features, PassSettings, extract, raw_pixels
 from mimref.features.inputs import EncoderInputs
+from mimref.features.matrix import Labels
 from mimref.features.opening import Opened, open_encoders
 from mimref.progress import LabelledProgress, Listener, Silent
 from mimref.results import Row, main_rows, named
@@ -116,7 +119,16 @@ def _check(config: CompareConfig, opened: Opened, checks: Checks) -> None:
             checks.run("k", lambda: check_neighbours(config.k, train_y))
         if "lowshot" in config.protocols:
             checks.run("shots", lambda: check_shots(config.shots, train_y, opened.class_names("train")))
+        if "probe" in config.protocols and config.probe.select == "val-split":
+            names = opened.class_names("train")
+            checks.run("probe.select", lambda: check_held_out(*number_classes(train_y, "train", names), names))
+    if "cluster" in config.protocols and (test_y := opened.labels("val")) is not None:
+        checks.run("protocols", lambda: _check_clusters(test_y, opened.class_names("val")))
     checks.finish()
+
+
+def _check_clusters(y: Labels, names: Sequence[str] | None) -> None:
+    check_clusters(len(number_classes(y, "val", names)[0]), len(y), given=False)
 
 
 # --- the before/after table of mimref refine

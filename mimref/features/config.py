@@ -56,5 +56,6 @@ class ExtractConfig(EvaluationConfig):
     """All settings of `mimref extract`."""
 
     command = "extract"
+    unread = {"features": "name a checkpoint"}
     split: Literal["train", "val", "all"] = "val"
     """Images to use; `all`: those of every split."""

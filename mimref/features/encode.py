@@ -150,6 +150,8 @@ class Batch(NamedTuple):
     """Path and reason for each of the others."""
     columns: list[NDArray[np.float32]]
     """(B, D) each; empty if no image could be read."""
+    traits: Sequence[int] = ()
+    """Traits of the readable images, see `mimref.data.traits`."""
 
 
 def _crops(source: ImageSource, settings: PassSettings, start: int = 0, every: int = 1) -> Iterator[CropBatch]:
@@ -174,7 +176,7 @@ def _batches(
         bad.some_readable |= bool(batch.indices)
         bad.add_all(batch.bad)
         columns = [column_BD.float().cpu().numpy() for column_BD in encode(batch)] if batch.indices else []
-        yield Batch(batch.end, batch.indices, batch.bad, columns)
+        yield Batch(batch.end, batch.indices, batch.bad, columns, batch.traits)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from mimref.config.run import ViewsConfig
 from mimref.data.decode import BadImages, first_bad
 from mimref.data.device_crops import decoding_device
 from mimref.data.open import open_source
-from mimref.data.sources import ImageSource, Split
+from mimref.data.sources import ImageSource, NoSplitError, Split
 from mimref.devices import resolve_device, resolve_precision
 from mimref.distributed.group import own_rank, without_group, world_size
 from mimref.distributed.turns import end_requests, request, requests, take_turns
@@ -95,8 +95,7 @@ class EncoderInputs:
         there are any.
         """
         header, channels = self.checkpoint.header, self.checkpoint.channels
-        images = (self.sources[split] for split in ("train", "val") if split in self.sources)
-        data = with_statistics(self.data, header, channels, images)
+        data = with_statistics(self.data, header, channels, self._measured())
         if data != self.data:
             mean, std = (", ".join(f"{value:g}" for value in values or ()) for values in (data.mean, data.std))
             self.listener.note(f"measured for every channel: data.mean {mean}; data.std {std}")
@@ -109,6 +108,16 @@ class EncoderInputs:
             self.config.data.max_bad,
             self.decode_on,
         )
+
+    def _measured(self) -> Iterator[ImageSource]:
+        """Yield the images to measure channels on: the training images, even if only others are encoded."""
+        if "train" not in self.sources and self.data.spec is not None:
+            try:
+                train = [open_source(self.data, "train", progress=self.listener.progress)]
+            except NoSplitError:
+                train = []
+            yield from train
+        yield from (self.sources[split] for split in ("train", "val") if split in self.sources)
 
     @cached_property
     def encoder(self) -> TokenEncoder:
@@ -224,8 +233,10 @@ class EncoderInputs:
         cache = FeatureCache(self._folder, self.listener, self.config.cache.dtype)
         resolution = self.image_size
         about = {"model": self.name, "data": source.name, "split": split, "resolution": resolution}
-        run_pass = partial(self._lead, encode, len(source))
-        found = cache.columns(spec, wanted, run_pass, also=also, about=about, notices=notices, progress=progress)
+        run_pass = partial(self._lead, encode, source)
+        found = cache.columns(
+            *(spec, wanted, run_pass), also=also, about=about, source=source, notices=notices, progress=progress
+        )
         if world_size() > 1:
             end_requests()
         return labelled(found, source)
@@ -236,11 +247,13 @@ class EncoderInputs:
         # The encoder is built when the pass runs.
         return lambda columns, start, every: encode_columns(self.encoder, source, self.settings, columns, start, every)
 
-    def _lead(self, encode: Encode, images: int, columns: list[Column], start: int) -> Iterator[Batch]:
+    def _lead(self, encode: Encode, source: ImageSource, columns: list[Column], start: int) -> Iterator[Batch]:
         """Yield all batches from position `start`, on rank 0. The other ranks must be in `_follow`."""
         if world_size() > 1:
             request((columns, start))
-        yield from self._by_turns(encode, images, columns, start)
+        for batch in self._by_turns(encode, len(source), columns, start):
+            source.record(batch.indices, batch.traits)  # also those that other ranks have read
+            yield batch
 
     def _follow(self, encode: Encode, images: int) -> None:
         """Encode what rank 0 requests until it finishes, on the other ranks."""

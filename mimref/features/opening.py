@@ -29,6 +29,8 @@ from mimref.features.matrix import Labels
 from mimref.progress import LabelledProgress, Listener
 
 T = TypeVar("T", bound=TrainingConfig)
+# Settings that change the features of an encoder.
+_OF_ENCODERS = ("arch", "data", "encoder", "final_norm", "pool", "resolution", "source")
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,9 @@ def open_inputs(
     if "checkpoint" in config.model_fields_set:
         wrong = f"--features replaces the encoder's features; leave {config.checkpoint} out"
         checks.add("features", ConfigError(wrong))
+    for key in sorted(config.given):
+        if key.split(".")[0] in _OF_ENCODERS:
+            checks.add("features", ConfigError(f"--features are used as they are: {key} has no effect; omit it"))
     files = config.features
     return Opened(checks.run("features", lambda: FeatureFiles(*files)), {})
 

@@ -18,7 +18,7 @@ def two_listings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(index_cache, "SAVE_FROM_IMAGES", 1)
     for name in ("one", "two"):
         open_source(DataConfig(spec=str(write_images(tmp_path / name, per_class=2))), "train")
-    features = cache_folder() / "features/0123abcd"
+    features = cache_folder() / "features/0123abcd0123abcd0123"
     features.mkdir(parents=True)
     (features / "block").write_bytes(bytes(2_000_000))
     return cache_folder() / "listings"
@@ -69,6 +69,18 @@ def test_clear(
     assert len(list((cache_folder() / "features").iterdir())) == features
     assert any(line.endswith(f"MB freed in {two_listings}") for line in lines) == (listings == 0)
     assert ("2.0 MB freed in " in lines[0]) == (features == 0)
+
+
+@pytest.mark.parametrize("keys", [[], ["r"]])
+def test_only_passes_are_deleted(keys: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("runs", "r", "0123abcd0123abcd012"):
+        (tmp_path / name / "partial").mkdir(parents=True)
+    (tmp_path / "f0123abcd0123abcd012").mkdir()
+    assert "runs" not in "".join(printed(capsys, "list", "--cache", str(tmp_path)))
+    assert run(["cache", "clear", *keys, "--cache", str(tmp_path)]) == (2 if keys else 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["0123abcd0123abcd012", "r", "runs", *(["f0123abcd0123abcd012"] if keys else [])]
+    )
 
 
 def test_an_empty_cache(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,14 +65,15 @@ def evaluate_cluster(
     config: ClusterConfig,
     *,
     embed: bool = False,
+    assigned: bool = False,
     exhibits: bool = False,
     listener: Listener | None = None,
     checks: Checks | None = None,
 ) -> tuple[ClusterResult, LastFeatures | None]:
     """Cluster one split's images; with `embed`, also return the features to embed, once checked to be enough for UMAP.
 
-    exhibits: also collect the images that a report shows and the cluster of every image, by the features of the last of
-    the chosen blocks.
+    assigned: also return the cluster of every image, and pictures of each cluster. exhibits: also collect the images
+    that a report shows. Both use the features of the last of the chosen blocks.
     Rows are those of `cluster`, with `model`, `blocks` and `pool`. Raises UserError subclasses, where possible before
     the encoder runs.
     """
@@ -106,10 +107,10 @@ def evaluate_cluster(
         rows += named(found, inputs.name, where)
         if columns != groups[-1][1]:
             continue
-        if isinstance(inputs, EncoderInputs) and best is not None and (exhibits or y is None):
+        if isinstance(inputs, EncoderInputs) and best is not None and (assigned or y is None):
             part = Part(config.split, inputs.source(config.split), features)
             own = np.arange(len(features)) if chosen is None else chosen
-            assignment = assign(best, part, own, pictures=exhibits)
+            assignment = assign(best, part, own, pictures=assigned)
         if embed:
             last = _last_features(x, y, features.class_names, assignment)
         if exhibits and isinstance(inputs, EncoderInputs):
@@ -159,14 +160,21 @@ AGREEMENT: dict[str, Callable[[Labels, Labels], float]] = {
 
 def _silhouette(x: NDArray[np.float32], y: Labels) -> float:
     """Return the silhouette in percent; NaN if all points are the same, for which scikit-learn returns 0."""
-    return percent(silhouette_score(x, y)) if vary(x) else math.nan
+    return percent(silhouette_score(x, y)) if vary(x) and _separable(y) else math.nan
 
 
 def _davies_bouldin(x: NDArray[np.float32], y: Labels) -> float:
     """Return Davies-Bouldin; NaN if centres coincide: scikit-learn then omits the pair or returns 0, the best score."""
+    if not _separable(y):
+        return math.nan
     centres = np.stack([x[y == label].mean(axis=0, dtype=np.float64) for label in range(int(y.max()) + 1)])
     # For unit rows, this is far below what separates any two classes.
     return float(davies_bouldin_score(x, y)) if pdist(centres).min() > 1e-6 else math.nan
+
+
+def _separable(y: Labels) -> bool:
+    """Return whether there are several classes, and not every point is a class of its own; y: classes 0, 1, ..."""
+    return 1 < int(y.max()) + 1 < len(y)
 
 
 # Scores from unit rows (N, D) and classes 0, 1, ... (N,): how far apart the classes are, without clustering.
@@ -193,8 +201,8 @@ def cluster(
     the run with the lowest inertia, next to `mean` and `std` (ddof 1) over `runs`), sil and dbs (silhouette and
     Davies-Bouldin of the true classes, without clustering). With `clusters`, sil and dbs are also measured on the
     clusters of that run, as `cluster_silhouette` and `cluster_davies_bouldin`. Without labels, metrics that need them
-    are left out. Values are in percent, except Davies-Bouldin. sil and dbs are NaN for features that do not vary, dbs
-    also if two classes have the same mean.
+    are left out. Values are in percent, except Davies-Bouldin. sil and dbs are NaN for features that do not vary and if
+    every image is a class of its own, dbs also if two classes have the same mean.
     A run is scikit-learn's MiniBatchKMeans with its defaults and n_init=1. Runs are spread over `workers` processes
     (None: all cores), or stay in this one if that is faster, with the same results. Silhouette compares all pairs of
     images, in pieces of up to 1 GB; this takes minutes for the 50,000 validation images of ImageNet.
@@ -249,8 +257,7 @@ def cluster_and_best(
     if clusters is not None and best is not None:
         assigned = np.unique(best.fit[0], return_inverse=True)[1]
         for name in [name for name in SEPARATION if name in metrics]:
-            value = SEPARATION[name](points, assigned) if assigned.max() > 0 else math.nan
-            rows.append({"metric": f"cluster_{NAMES[name]}", "value": value, "runs": runs})
+            rows.append({"metric": f"cluster_{NAMES[name]}", "value": SEPARATION[name](points, assigned), "runs": runs})
     return rows, best
 
 

@@ -70,6 +70,10 @@ class ProbeConfig(EvaluationConfig):
     """All settings of `mimref probe`."""
 
     command = "probe"
+    unread = {
+        "blocks": "set probe.blocks",
+        "pool": "linear probes read the CLS token, and it with the mean of the patch tokens; see also probe.tokens",
+    }
     final_norm: bool = True
     """Apply the encoder's final norm: to every block's output if `probe.norm` is `none`, else only to the last
     block's."""

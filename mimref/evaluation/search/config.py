@@ -11,6 +11,7 @@ class SearchConfig(EvaluationConfig):
     """All settings of `mimref search`."""
 
     command = "search"
+    unread = {"features": "search needs the images; name a checkpoint"}
     queries: list[str] = []
     """Image files, or names of images in the data set, as results show them."""
     k: int = Field(default=12, gt=0)

@@ -1,6 +1,7 @@
 """List, verify and delete the contents of the cache: features and listings of images."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from mimref.data.index.cache import listings_folder
 from mimref.errors import ConfigError, OutputError
-from mimref.features.cache.store import DamagedFile, Entry
+from mimref.features.cache.store import PASS_NAME, DamagedFile, Entry
 from mimref.files import cache_folder
 from mimref.locks import Timeout, acquire, release
 
@@ -103,7 +104,10 @@ def damaged_files(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    """Return the folders of passes. A folder chosen by the user may hold other things, which are not touched."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if re.fullmatch(PASS_NAME, path.name) and path.is_dir())
 
 
 def _describe(path: Path) -> CacheEntry:

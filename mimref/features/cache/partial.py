@@ -22,6 +22,8 @@ SAVE_EVERY_S = 10.0
 DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 INDICES = "images"
 """File of every row's position in the data set."""
+TRAITS = "traits"
+"""File of every row's traits, see `mimref.data.traits`; only an unfinished pass needs it."""
 _CHUNK = 1 << 20
 
 
@@ -46,7 +48,8 @@ class PartialPass:
 
     def __init__(self, folder: Path, columns: Sequence[Column], dtype: str, total: int) -> None:
         self.folder, self.total = folder, total
-        self.names = [INDICES, *(column.name for column in columns)]
+        self.columns = [column.name for column in columns]
+        self.names = [INDICES, TRAITS, *self.columns]
         self.dtype, self._numbers = dtype, DTYPES[dtype]
         self.reached = _Reached(0, 0, {}, dict.fromkeys(self.names, 0), [])
         self._files: dict[str, BinaryIO] = {}
@@ -69,6 +72,15 @@ class PartialPass:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             shutil.rmtree(self.folder, ignore_errors=True)
         return self.reached.done
+
+    def restart(self) -> None:
+        """Discard what `resume` found."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.reached = _Reached(0, 0, {}, dict.fromkeys(self.names, 0), [])
+
+    def rows(self) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """Return the positions and the traits of the images whose rows `resume` found."""
+        return np.fromfile(self.folder / INDICES, np.int64), np.fromfile(self.folder / TRAITS, np.uint8)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -98,10 +110,11 @@ class PartialPass:
         width, crc = before.width, dict(before.crc)
         if batch.indices:
             if not before.rows:
-                width = {name: column.shape[1] for name, column in zip(self.names[1:], batch.columns, strict=True)}
+                width = {name: column.shape[1] for name, column in zip(self.columns, batch.columns, strict=True)}
                 self._check_space(width)
-            columns: list[NDArray[Any]] = [np.asarray(batch.indices, dtype=np.int64), *batch.columns]
-            for name, values in zip(self.names, columns, strict=True):
+            traits = np.asarray(batch.traits or [0] * len(batch.indices), dtype=np.uint8)
+            files: list[NDArray[Any]] = [np.asarray(batch.indices, dtype=np.int64), traits, *batch.columns]
+            for name, values in zip(self.names, files, strict=True):
                 data = np.ascontiguousarray(self._converted(name, values)).data.cast("B")
                 crc[name] = zlib.crc32(data, crc[name])
                 self._write(name, data)
@@ -119,14 +132,14 @@ class PartialPass:
             raise self._output_error(error) from error
 
     def _converted(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
-        if values.dtype == np.int64 or self.dtype == "fp32":
+        if values.dtype in (np.int64, np.uint8) or self.dtype == "fp32":
             return values
         if np.abs(values[np.isfinite(values)]).max(initial=0) > np.finfo(np.float16).max:
             raise ConfigError(f"features of {name} exceed the range of fp16; use --set cache.dtype=fp32")
         return values.astype(self._numbers)
 
     def _row_bytes(self, name: str, width: Mapping[str, int]) -> int:
-        return 8 if name == INDICES else width[name] * self._numbers.itemsize
+        return {INDICES: 8, TRAITS: 1}.get(name) or width[name] * self._numbers.itemsize
 
     def _check_space(self, width: Mapping[str, int]) -> None:
         needed = self.total * sum(self._row_bytes(name, width) for name in self.names)

@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mimref.data.decode import none_readable
+from mimref.data.decode import BadImage, none_readable
+from mimref.data.sources import ImageSource
 from mimref.distributed.group import world_size
 from mimref.distributed.turns import keep_waiting
 from mimref.errors import OutputError
 from mimref.features.cache.partial import DTYPES, INDICES, PartialPass, UnusableFolder, checksum
 from mimref.features.encode import Batch, Column, Features, gather
+from mimref.features.matrix import Labels
 from mimref.files import write_bytes
 from mimref.locks import Timeout, acquire
 from mimref.progress import Listener, Progress
@@ -35,6 +37,8 @@ from mimref.progress import Listener, Progress
 WAITING_EVERY_S = 60.0
 # Increase this when the same settings produce different numbers than before.
 FORMAT = 1
+PASS_NAME = "[0-9a-f]{20}"
+"""Pattern of the names that `pass_key` returns."""
 _KEYS = {"spec", "about", "dtype", "rows", "bad", "indices", "columns"}
 
 Pass = Callable[[list[Column], int], Iterator[Batch]]
@@ -61,53 +65,73 @@ class FeatureCache:
         *,
         also: Sequence[Column] = (),
         about: Mapping[str, Any] | None = None,
+        source: ImageSource | None = None,
         notices: Callable[[], list[str]] = list,
         progress: Progress | None = None,
     ) -> Features:
         """Return the wanted columns of a pass, without labels, from disk or else from one run of the encoder.
 
         spec: everything that the numbers depend on, ready for JSON, with the number of `images`. also: columns that
-        the same run caches as well. about: shown by `mimref cache list`. notices: called after a pass; its result is
-        cached, too. If the folder cannot be written, this is reported and the features stay in memory.
+        the same run caches as well. about: shown by `mimref cache list`. source: the images; if one that a cached or an
+        interrupted pass could not read can be read now, the pass runs again. notices: called after a pass; its result
+        is cached, too. If the folder cannot be written, this is reported and the features stay in memory.
         Raises OutputError when the disk is full (the next run resumes), ConfigError for features beyond the range of
         fp16, DataError if no image is readable.
         """
         about = about or {}
-        entry = Entry(self.folder / pass_key(spec, self.dtype))
+        entry, ran = Entry(self.folder / pass_key(spec, self.dtype)), False
         with suppress(DamagedFile):
-            if found := entry.read(wanted):
+            if (found := entry.read(wanted)) and not _readable_now(source, found.indices, found.bad):
                 return found
         try:
             with self._locked(entry):
-                # Another process may have written them meanwhile.
-                found = self._read_intact(entry, wanted)
-                if found is None:
+                # Another process may have written them meanwhile. New rows may not match those of older columns, which
+                # are then computed again.
+                while (found := self._read_intact(entry, wanted, None if ran else source)) is None:
                     known = (entry.facts() or {"columns": {}})["columns"]
                     missing = [column for column in dict.fromkeys([*wanted, *also]) if column.name not in known]
                     partial = PartialPass(entry.folder / "partial", missing, self.dtype, int(spec["images"]))
-                    self._run(partial, missing, run_pass, progress)
+                    self._run(partial, missing, run_pass, source, progress)
                     entry.adopt(partial, spec, about, notices())
-                    found = entry.read(wanted)
+                    ran = True
         except UnusableFolder as reason:
             self.listener.note(f"cache folder {self.folder} cannot be written ({reason}); features stay in memory")
             name = str(about.get("data", "the data set"))
             found = gather(run_pass(list(wanted), 0), wanted, int(spec["images"]), name, progress)
             found.notices = notices()
-        assert found is not None
         return found
 
-    def _read_intact(self, entry: "Entry", wanted: Sequence[Column]) -> Features | None:
-        """Return what can be read after dropping damaged files; the caller holds the lock."""
+    def _read_intact(self, entry: "Entry", wanted: Sequence[Column], source: ImageSource | None) -> Features | None:
+        """Return what can be read after dropping damaged and outdated files; the caller holds the lock."""
         try:
-            return entry.read(wanted)
+            found = entry.read(wanted)
         except DamagedFile as damage:
             self.listener.note(f"cached features in {entry.folder} are damaged ({damage}); computing them again")
             entry.drop(str(damage))
-            return self._read_intact(entry, wanted)
+            return self._read_intact(entry, wanted, source)
+        if found is None or not _readable_now(source, found.indices, found.bad):
+            return found
+        self.listener.note("images that could not be read before can be read now; computing their features again")
+        entry.drop("entry.json")
+        return None
 
-    def _run(self, partial: PartialPass, columns: list[Column], run_pass: Pass, progress: Progress | None) -> None:
+    def _run(
+        self,
+        partial: PartialPass,
+        columns: list[Column],
+        run_pass: Pass,
+        source: ImageSource | None,
+        progress: Progress | None,
+    ) -> None:
         """Run the encoder for the rest of a pass; the caller holds the lock."""
         start = partial.resume()
+        if start and source is not None:
+            indices, traits = partial.rows()
+            if _readable_now(source, indices, partial.reached.bad):
+                partial.restart()
+                start = 0
+            else:
+                source.record(indices.tolist(), traits.tolist())
         if start:
             self.listener.note(f"resuming an unfinished pass of the encoder at image {start:,} of {partial.total:,}")
         with partial.writing():
@@ -135,6 +159,24 @@ class FeatureCache:
             yield
         finally:
             lock.release()
+
+
+def _readable_now(source: ImageSource | None, indices: Labels, bad: Sequence[tuple[str, str]]) -> bool:
+    """Return whether an image that a pass left out can be read now: neither its date nor its size need have changed.
+
+    indices: positions of the images that the pass read, in data order. bad: path and reason of the others.
+    """
+    if source is None or not bad:
+        return False
+    paths = {path for path, _ in bad}
+    missing = np.setdiff1d(np.arange(len(source)), indices).tolist()
+    missing = [index for index in missing if source.path(index) in paths]  # not those that the pass has yet to reach
+    source.fetch(missing)
+    for index in missing:
+        with suppress(BadImage):
+            source.read(index)
+            return True
+    return False
 
 
 def pass_key(spec: Mapping[str, Any], dtype: str) -> str:
@@ -209,9 +251,9 @@ class Entry:
         indices = {"crc32": found.crc[INDICES]}
         # An image that has since become unreadable shifts all rows; the older columns then do not match the new ones.
         columns = dict(old["columns"]) if old and old["indices"] == indices and old["rows"] == found.rows else {}
-        for name in partial.names:
+        for name in (INDICES, *partial.columns):
             os.replace(partial.folder / name, self.folder / name)
-        columns |= {name: {"width": found.width[name], "crc32": found.crc[name]} for name in partial.names[1:]}
+        columns |= {name: {"width": found.width[name], "crc32": found.crc[name]} for name in partial.columns}
         self._write_facts(
             {
                 "spec": dict(spec),
