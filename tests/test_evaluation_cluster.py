@@ -16,7 +16,8 @@ from sklearn.cluster import MiniBatchKMeans
 
 from mimref.errors import ConfigError, DataError
 from mimref.evaluation.cluster import protocol as module
-from mimref.evaluation.cluster.protocol import cluster, cluster_accuracy, kmeans_run
+from mimref.evaluation.cluster.protocol import SEPARATION, cluster, cluster_accuracy, kmeans_run
+from mimref.evaluation.metrics import unit_rows
 from mimref.features.matrix import SideBySide
 from tests.ranks import fork_server
 
@@ -182,6 +183,21 @@ def test_classes_with_one_centre_have_no_davies_bouldin() -> None:
     rows = {row["metric"]: float(row["value"]) for row in cluster(doubled, also, metrics=("sil", "dbs"))}
     assert math.isnan(rows["davies_bouldin"])
     assert rows["silhouette"] == pytest.approx(100 * reference.silhouette_score(unit(doubled), also), abs=1e-3)
+
+
+@pytest.mark.parametrize("classes", [1, 8])
+def test_single_images_and_single_classes_have_no_separation(classes: int) -> None:
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    points, y = unit_rows(x), np.arange(8) % classes
+    assert all(math.isnan(score(points, y)) for score in SEPARATION.values())
+
+
+def test_every_image_in_a_class_of_its_own() -> None:
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    rows = cluster(x, np.arange(8), clusters=3, metrics=("acc", "sil", "dbs"), runs=2)
+    values = {row["metric"]: row["value"] for row in rows}
+    assert math.isnan(values["silhouette"]) and math.isnan(values["davies_bouldin"])
+    assert values["cluster_acc"] == 37.5 and math.isfinite(values["cluster_silhouette"])
 
 
 def test_classes_without_spread_are_the_best_there_is() -> None:

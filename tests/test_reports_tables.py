@@ -91,6 +91,37 @@ def test_labels_name_what_varies() -> None:
     assert metric_label({"metric": "something_new", "value": 0.0}) == "something_new"
 
 
+def test_what_follows_from_the_encoder_does_not_part_rows() -> None:
+    pair: list[Row] = [
+        {"model": model, "metric": "knn_top1", "value": value, "pool": pool, "k": 10}
+        for model, value, pool in (("base", 50.0, "cls"), ("swin", 60.0, "mean"))
+    ]
+    models, lines = compare_rows(pair, "base")
+    assert models == ["base", "swin"]
+    assert [tuple(cell) for cell in lines.pop("k-NN top-1")] == [
+        ("50.0", False, "", None),
+        ("60.0", True, "+10.0", True),
+    ]
+    assert not lines
+    both = [*pair, pair[1] | {"pool": "cls", "value": 55.0}]
+    assert "k-NN top-1 (pool = mean)" in compare_rows(both, "base")[1]
+    epochs: list[Row] = [
+        {"model": str(epoch), "metric": "finetune_top1", "value": 1.0, "selected": "best epoch", "epoch": epoch}
+        for epoch in (3, 4)
+    ]
+    assert list(compare_rows(epochs, "3")[1]) == ["fine-tuned top-1"]
+
+
+def test_alpha_req_is_best_at_one() -> None:
+    measured: list[Row] = [
+        {"model": model, "metric": "alpha_req", "value": value}
+        for model, value in (("a", 1.9), ("b", 1.02), ("c", 0.7), ("d", 2.0))
+    ]
+    (cells_of,) = compare_rows(measured, "a")[1].values()
+    assert [cell.is_best for cell in cells_of] == [False, True, False, False]
+    assert [cell.is_gain for cell in cells_of] == [None, True, True, False]
+
+
 def test_results_table_has_a_column_per_setting_that_varies() -> None:
     assert cells(results_table(rows()))[0] == ["", "model", "value"]
     assert "k 10, tau 0.07, splits 20, split 0" in printed(results_table(rows()))

@@ -23,7 +23,7 @@ from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn
 from mimref.evaluation.metrics import check_labels
 from mimref.features.config import CacheConfig
-from mimref.features.header import resolve_data
+from mimref.features.header import resolve_data, with_channels
 from mimref.features.opening import Opened, check_device, open_images, warn_of_notices
 from mimref.locks import folder_lock
 from mimref.progress import Listener, Silent
@@ -139,6 +139,7 @@ def _open(config: InterpolateConfig, listener: Listener, checks: Checks) -> _End
     if refined is not None and (has_images or config.choose):
         # The header records how images are decoded.
         data = checks.run("refined", partial(resolve_data, config.data, refined.header)) or config.data
+        data = with_channels(data, right[1].architecture) if right is not None else data
         config = config.model_copy(update={"data": data})
     if config.data.spec is not None and not (has_images and remote):
         sources = open_splits(config.data)

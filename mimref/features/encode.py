@@ -82,7 +82,7 @@ class Features:
 
         Raises ConfigError for groups of different widths.
         """
-        parts = [np.asarray(self.matrix(columns)[:], np.float32) for columns in groups]
+        parts = [np.array(self.matrix(columns)[:], np.float32) for columns in groups]  # not views of mapped files
         widths = [x.shape[1] for x in parts]
         if len(set(widths)) > 1:
             raise ConfigError(f"the blocks differ in width ({widths}); extract them one by one")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from mimref.data.decode import printable
 from mimref.evaluation.assess.measures import LOWER_IS_BETTER as MEASURES_LOWER
+from mimref.evaluation.assess.measures import MEASURES, goodness
 from mimref.evaluation.assess.verdicts import NAMES
 from mimref.results import Row
 
@@ -74,10 +75,14 @@ STATISTICS = {
 }
 # Columns that hold results, as opposed to settings.
 _MEASURED = ("model", "metric", "value", "mean", "std", "splits", "runs")
-# Settings chosen by the measurement itself: those of the best classifier in a grid.
+# Follow from the encoder, so they distinguish rows of one model only: an encoder without CLS token has another pooling.
+_OF_MODEL = ("pool", "dimensions")
+# Settings chosen by the measurement itself: those of the best classifier in a grid, and the best epoch.
 _CHOSEN = {
     "probe_top1": ("blocks", "pool", "lr", "held_out_top1"),
     "attentive_top1": ("blocks", "pool", "queries", "lr", "held_out_top1"),
+    "finetune_top1": ("epoch",),
+    "finetune_top5": ("epoch",),
 } | dict.fromkeys(("segment_miou", "segment_micro_iou", "segment_accuracy"), ("blocks", "pool", "lr"))
 
 
@@ -96,7 +101,11 @@ def metric_label(row: Row, among: Sequence[Row] = ()) -> str:
         if key not in (*_MEASURED, *_CHOSEN.get(str(row["metric"]), ()))
         and f"{{{key}}}" not in name
         # A setting that the other row lacks distinguishes nothing: raw pixels have no blocks.
-        and any(other.get(key, value) != value for other in same)
+        and any(
+            other.get(key, value) != value
+            for other in same
+            if key not in _OF_MODEL or other.get("model") == row.get("model")
+        )
     ]
     unknown = {"shots": "?", "block": "?", "corruptions": "?"}
     label = name.format_map(unknown | row) if row["metric"] in LABELS else name
@@ -106,6 +115,12 @@ def metric_label(row: Row, among: Sequence[Row] = ()) -> str:
 def sign(row: Row) -> int:
     """Return 1 if larger values of the metric are better, else -1."""
     return -1 if row["metric"] in LOWER_IS_BETTER else 1
+
+
+def merit(row: Row, value: float) -> float:
+    """Return the metric's value, mapped so that higher is better, as `mimref.evaluation.assess.measures.goodness`."""
+    measure = str(row["metric"]).removeprefix("block_")
+    return goodness(measure, value) if measure in MEASURES else sign(row) * value
 
 
 def decimals(row: Row) -> int:

@@ -15,9 +15,9 @@ from mimref.reports.metrics import (
     format_setting,
     format_value,
     is_undefined,
+    merit,
     metric_label,
     shown_value,
-    sign,
     template,
 )
 from mimref.results import Row, columns, main_rows
@@ -109,8 +109,8 @@ def compared_cell(by_model: Mapping[str, Row], model: str, base: str, *, spread:
     if row is None:
         return Cell()
     value = format_value(row, spread=spread)
-    best = max(sign(row) * shown_value(other) for other in by_model.values())
-    is_best = sign(row) * shown_value(row) == best and not is_undefined(row)
+    best = max(merit(row, shown_value(other)) for other in by_model.values())
+    is_best = merit(row, shown_value(row)) == best and not is_undefined(row)
     if model == base:
         return Cell(value, is_best)
     if base not in by_model or is_undefined(row) or is_undefined(by_model[base]):
@@ -120,7 +120,8 @@ def compared_cell(by_model: Mapping[str, Row], model: str, base: str, *, spread:
     else:
         digits = decimals(row)
         difference, form = round(float(row["value"]) - float(by_model[base]["value"]), digits) + 0.0, f"+.{digits}f"
-    return Cell(value, is_best, f"{difference:{form}}", sign(row) * difference > 0 if difference else None)
+    gain = merit(row, float(row["value"])) > merit(row, float(by_model[base]["value"]))
+    return Cell(value, is_best, f"{difference:{form}}", gain if difference else None)
 
 
 def comparison_table(rows: Sequence[Row]) -> Table:

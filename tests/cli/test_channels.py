@@ -121,6 +121,20 @@ def test_weights_of_colour_are_adapted(tmp_path: Path, capsys: pytest.CaptureFix
     assert tables[0] == tables[1]
 
 
+def test_one_split_is_normalised_like_both(tmp_path: Path) -> None:
+    data, weights = write_images(tmp_path / "data", 4, "npy"), write_weights(tmp_path / "base.safetensors")
+    for number, path in enumerate(sorted((data / "val").glob("*/*"))):
+        np.save(path, np.load(path) // 2 + number)
+    common = ["--data", str(data), "--channels", "4", "--device", "cpu", "--quiet"]
+    files = []
+    for split in ("train", "val"):
+        files.append(tmp_path / f"{split}.npz")
+        assert run(["extract", str(weights), *common, "--split", split, "--out", str(files[-1])]) == 0
+    every = tmp_path / "all.npz"
+    assert run(["extract", str(weights), *common, "--split", "all", "--cache", "off", "--out", str(every)]) == 0
+    np.testing.assert_array_equal(np.concatenate([np.load(file)["x"] for file in files]), np.load(every)["x"])
+
+
 def test_finetuning_on_four_channels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_images(tmp_path / "data", 4, "npy")
     weights = write_weights(tmp_path / "base.safetensors")

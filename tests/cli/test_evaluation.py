@@ -9,10 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from mimref.benchmarks import cost, measure, step
+from mimref.benchmarks import cost, extraction, measure, step, views
 from mimref.benchmarks.evaluations import Sizes
 from mimref.benchmarks.heads import HeadSizes
 from mimref.benchmarks.views import ViewSizes
@@ -64,6 +65,15 @@ def test_cluster_draws_the_images(folder: Path, tmp_path: Path, capsys: pytest.C
         "silhouette",
         "davies_bouldin",
     }
+
+
+def test_cluster_without_a_report_has_its_files(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(line("cluster", folder, "--clusters", "3", "--runs", "2", "--no-report", "--out", str(out))) == 0
+    written = {path.name for path in out.iterdir()}
+    assert {"assignments.csv", "gallery.html", "gallery.png"} <= written
+    assert not {"report.html", "exhibits.json"} & written
+    assert (out / "gallery.html").read_text().count("data:image/") >= 1
 
 
 @pytest.mark.parametrize("broken", ["import", "fit", "disk"])
@@ -242,6 +252,13 @@ MISTAKES = {
     "compare quickstart --set k=50": ("k 50", "48"),
     "cluster --split train --set data.train_limit=12 --umap a.png": ("12 images", "15"),
     "lowshot --split-file nowhere.txt": ("nowhere.txt",),
+    "lowshot --split-file there.txt --shots 5": ("shots", "split files"),
+    "lowshot --split-file there.txt --splits 5": ("splits", "split files"),
+    "probe --set blocks=3": ("blocks", "probe.blocks"),
+    "probe --set pool=mean": ("pool", "no effect"),
+    "search --query train/a/000.png --set features=a.npz,b.npz": ("features", "no effect"),
+    "extract --out a.npz --set features=a.npz,b.npz": ("features", "no effect"),
+    "compare quickstart --protocols probe --set probe.select=val-split --set data.train_limit=2": ("val-split",),
     "knn --out there.png/results": ("there.png", "--out"),
     "cluster --umap there.png": ("--umap there.png", "--force"),
 }
@@ -253,6 +270,7 @@ def test_mistakes_are_found_before_the_encoder_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("there.png").touch()
+    Path("there.txt").write_text("a/000.png\n")
     passes = Passes(monkeypatch)
     command, *options = words.split()
     assert run(line(command, folder, *options)) == 2
@@ -324,8 +342,8 @@ def test_the_views_are_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = {"width": 60, "height": 48, "global_size": 16, "local_views": 1, "local_size": 8, "images": 2, "repeats": 1}
-    for module in ("views", "extraction"):
-        monkeypatch.setattr(f"mimref.benchmarks.{module}.ViewSizes", partial(ViewSizes, **small))
+    for module in (views, extraction):
+        monkeypatch.setattr(module, "ViewSizes", partial(ViewSizes, **small))
     monkeypatch.setattr("mimref.benchmarks.views.library_ways", lambda *_: ({}, ["not compared with X: pip install x"]))
     assert run(["benchmark", "views", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr()
@@ -358,3 +376,33 @@ def test_step_and_cost(
     assert run(["benchmark", "step", "--micro-batch", "900"]) == 2
     error = capsys.readouterr().err
     assert "--micro-batch 900" in error and "128" in error
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_compare_checks_the_validation_classes_first(
+    images: int, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_images(tmp_path / "data", per_class=8, split="train")
+    write_images(data, per_class=images, classes=("a", "b")[: 3 - images], split="val")
+    passes = Passes(monkeypatch)
+    assert run(line("compare", folder, "quickstart", "--data", str(data), "--set", "k=3", "--shots", "1")) == 2
+    error = capsys.readouterr().err
+    assert ("2 clusters" in error) == (images == 1) and ("class a" in error) == (images == 2)
+    assert error.count("\n") == 1 and passes.images == 0
+
+
+@pytest.mark.parametrize(
+    "options", [["--pool", "mean"], ["--data", "digits"], ["--set", "encoder.num_heads=2"], ["--resolution", "8"]]
+)
+def test_features_in_files_are_used_as_they_are(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tmp_path / name) for name in ("train.npz", "val.npz")]
+    for file in files:
+        np.savez(file, x=np.eye(4, dtype=np.float32), y=np.arange(4) % 2)
+    words = ["knn", "--features", *files, "--k", "1", "--device", "cpu"]
+    assert run(words) == 0
+    capsys.readouterr()
+    assert run([*words, *options]) == 2
+    error = capsys.readouterr().err
+    assert "no effect" in error and "--features" in error and error.count("\n") == 1

@@ -28,7 +28,7 @@ class Pool:
 def encode(images: Sequence[Thumbnail], most_bytes: int) -> Pool:
     """Encode the images in base64, compressed further if they would take more than `most_bytes`."""
     files = [image.jpeg for image in images]
-    if _size(files) <= most_bytes:
+    if not images or _size(files) <= most_bytes:
         return Pool("data:image/jpeg;base64,", _encoded(files))
     sample = images[:: max(1, len(images) // SAMPLE)]
     for side, quality in SMALLER:
