@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from mimref.encoders.masking import draw_mask, in_squares
 from mimref.encoders.positions import sincos_positions
 from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import ConfigError
@@ -82,6 +83,31 @@ def test_loss_and_gradient_equal_plain_loops(channels: int) -> None:
     wanted = torch.cat([each.flatten() for each in torch.autograd.grad(expected, parameters)])
     assert (found - wanted).norm() < 1e-6 * wanted.norm()
     assert all(each.requires_grad for each in parameters)
+
+
+@pytest.mark.parametrize(("side", "size"), [(4, 2), (7, 2), (7, 3), (5, 1), (4, 9)])
+def test_hidden_patches_lie_in_squares(side: int, size: int) -> None:
+    noise = torch.rand(20, side * side, generator=torch.Generator().manual_seed(side))
+    for number_visible in (1, side, side * side // 2):
+        hidden_BN = draw_mask(in_squares(noise, size), number_visible).hidden_BN
+        for row, hidden in zip(noise.tolist(), hidden_BN.tolist(), strict=True):
+            squares: dict[tuple[int, int], list[int]] = {}
+            for patch in range(side * side):
+                squares.setdefault((patch // side // size, patch % side // size), []).append(patch)
+            # The first patch of a square is the one in its upper left corner.
+            ordered = sorted(squares.values(), key=lambda patches, row=row: row[patches[0]])  # type: ignore[misc]
+            shown = [patch for patches in ordered for patch in sorted(patches, key=row.__getitem__)][:number_visible]
+            assert [patch for patch in range(side * side) if not hidden[patch]] == sorted(shown)
+
+
+def test_squares_of_one_patch_change_nothing() -> None:
+    model, other = model_of().double(), model_of().double()
+    other.mask_size = 2
+    images, noise = images_and_noise()
+    assert model.mask_size == 1
+    torch.testing.assert_close(draw_mask(in_squares(noise, 1), 6).hidden_BN, draw_mask(noise, 6).hidden_BN)
+    assert model(images, noise) != other(images, noise)
+    torch.testing.assert_close(other(images, noise), model(images, in_squares(noise, 2)))
 
 
 def hide(images: Tensor, hidden_BN: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 Shapes: B images, N patches, K visible patches, D encoder width, C pixel values of a patch (channels * patch_size**2).
 """
 
+import math
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -115,6 +116,21 @@ def draw_mask(noise_BN: Tensor, num_visible: int) -> Mask:
     order_BN = noise_BN.argsort(dim=1)
     restore_BN = order_BN.argsort(dim=1)
     return Mask(order_BN[:, :num_visible], restore_BN, (restore_BN >= num_visible).float())
+
+
+def in_squares(noise_BN: Tensor, size: int) -> Tensor:
+    """Return noise for `draw_mask` that hides squares of `size` x `size` patches one after another, in random order.
+
+    noise_BN: from 0 to 1, for the patches of a square grid. The grid cuts off squares at its right and lower edge. The
+    last square may be hidden in part, since the number of hidden patches stays the same.
+    """
+    grid = math.isqrt(noise_BN.shape[1])
+    firsts = noise_BN.unflatten(1, (grid, grid))[:, ::size, ::size]
+    place = torch.arange(grid, device=noise_BN.device) // size
+    square_N = (place[:, None] * firsts.shape[2] + place).flatten()
+    rank_BS = firsts.flatten(1).argsort(dim=1).argsort(dim=1)
+    ordered: Tensor = rank_BS[:, square_N] + noise_BN
+    return ordered
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -40,6 +40,8 @@ class SimMIMConfig(MaskingConfig):
 
     mask_ratio: float = Field(default=0.6, gt=0, lt=1)
     """Share of patches that the encoder sees as mask tokens."""
+    mask_size: int = Field(default=2, gt=0)
+    """Side of the hidden squares, in patches: hidden patches lie together. SimMIM's 32 pixels are 2 patches of 16."""
     crop_scale: AreaRange = (0.67, 1.0)
     """Area range of the random crop."""
     warmup_epochs: float = Field(default=10.0, ge=0)

@@ -106,7 +106,7 @@ class Pretraining(Stage):
 def build_model(encoder: Encoder, config: PretrainConfig) -> MaskedAutoencoder | SimMIM:
     """Return the encoder with the modules that the objective adds, with newly initialised weights."""
     if config.objective == "simmim":
-        return SimMIM(encoder, config.simmim.mask_ratio)
+        return SimMIM(encoder, config.simmim.mask_ratio, config.simmim.mask_size)
     return MaskedAutoencoder(encoder, config.mae.decoder, config.mae.mask_ratio)
 
 

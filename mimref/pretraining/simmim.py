@@ -13,6 +13,7 @@ from mimref.encoders.masking import (
     count_visible,
     draw_mask,
     hidden_error,
+    in_squares,
     init_masked_model,
     normalize_patches,
     patchify,
@@ -21,28 +22,30 @@ from mimref.encoders.vit import Encoder
 
 
 class SimMIM(nn.Module):
-    """Encoder and linear decoder with MAE's initialisation, masks and loss on normalised pixels of hidden patches.
+    """Encoder and linear decoder with MAE's initialisation and loss on normalised pixels of hidden patches.
 
-    The authors' code instead hides squares of 32 pixels, and its loss is the mean absolute error of pixels that are not
-    normalised by patch. At least one patch stays visible and at least one is hidden. Raises ConfigError for images of a
-    single patch.
+    Hidden patches form squares of `mask_size` patches a side. The authors' code hides whole squares only, and its loss
+    is the mean absolute error of pixels that are not normalised by patch. At least one patch stays visible and at least
+    one is hidden. Raises ConfigError for images of a single patch.
     """
 
-    def __init__(self, encoder: Encoder, mask_ratio: float) -> None:
+    def __init__(self, encoder: Encoder, mask_ratio: float, mask_size: int = 1) -> None:
         super().__init__()
         architecture, size = encoder.architecture, encoder.patch_size
         self.encoder = encoder
         self.decoder = LinearDecoder(encoder.embed_dim, architecture.channels * size**2)
         self.num_patches = count_patches(encoder)
+        self.mask_size = mask_size
         self.num_visible = count_visible(self.num_patches, mask_ratio)
         init_masked_model(self, encoder, self.decoder.mask_token)
 
     def forward(self, images: Tensor, noise_BN: Tensor) -> Tensor:
         """Return the mean squared error over hidden patches, each normalised by its own mean and variance.
 
-        images: (B, C, S, S), normalised. noise_BN: one random number per patch; those with the smallest stay visible.
+        images: (B, C, S, S), normalised. noise_BN: one random number per patch, from 0 to 1. The squares whose first
+        patches have the smallest stay visible.
         """
-        hidden_BN = draw_mask(noise_BN, self.num_visible).hidden_BN
+        hidden_BN = draw_mask(in_squares(noise_BN, self.mask_size), self.num_visible).hidden_BN
         pixels: Tensor = self.decoder(self.encode_masked(images, hidden_BN))
         return hidden_error(pixels, normalize_patches(patchify(images, self.encoder.patch_size)), hidden_BN)
 
