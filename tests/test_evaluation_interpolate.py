@@ -198,11 +198,17 @@ def test_chosen_by_the_measure_of_assess(ends: tuple[Path, Path], tmp_path: Path
     assert facts["alpha"] == alphas[int(np.argmax(expected))] and facts["chosen_by"] == "assess"
 
 
-@pytest.mark.parametrize("choose", ["knn", "assess"])
+@pytest.mark.parametrize(("choose", "channels"), [("knn", 3), ("assess", 3), ("knn", 4)])
 def test_the_choice_does_not_read_validation_images(
-    choose: str, ends: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    choose: str, channels: int, ends: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, reads, decode = write_labelled(tmp_path / "data"), list[str](), sources.decode_file
+    reads, decode = list[str](), sources.decode_file
+    if channels == 3:
+        images = write_labelled(tmp_path / "data")
+    else:
+        images, wide = write_channels(tmp_path / "data", channels, "npy"), replace(ARCHITECTURE, channels=channels)
+        base, refined = (write_weights(tmp_path / f"{n}.safetensors", seed=n, architecture=wide) for n in (0, 1))
+        ends = base, refined
 
     def watched(path: str, *args: Any) -> Any:
         reads.append(path)
