@@ -30,10 +30,16 @@ def transfer(options: SuiteOptions) -> None:
       mimref transfer --suite quickstart
       mimref transfer mae_l16 runs/mae_l16 --suite vtab-natural --set data.root=/data/vtab --out runs/vtab
     """
+    from mimref.config.load import load_config
     from mimref.transfer.suite.config import SuiteConfig
     from mimref.transfer.suite.plan import ask_for_suite
 
-    config = options.load(SuiteConfig, options.resumed("suite.toml", options.suite), ask_for_suite)
+    earlier = options.resumed("suite.toml", None)
+    config = options.load(SuiteConfig, earlier or options.suite, ask_for_suite)
+    if earlier and (file := options.suite):
+        # Encoders and common settings stay those of the suite in the folder.
+        given = options.checks.run("suite", lambda: load_config(SuiteConfig, file))
+        config = config if given is None else config.model_copy(update={"entries": given.entries})
     name = Path(config.preset or "suite").stem
     out = options.out = options.out or Path("runs") / f"{config.command}-{name}"
 
