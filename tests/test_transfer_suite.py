@@ -274,7 +274,13 @@ def test_a_suite_of_relative_paths_resumes_from_any_folder(folder: Path, monkeyp
     (folder / "own.toml").write_text("k = [3]")
     listed = [
         {"name": "near", "data": "one", "protocol": "knn", "preset": "own.toml"},
-        {"name": "drawn", "data": "two", "protocol": "lowshot", "settings": {"split_files": ["draw.txt"]}},
+        {
+            "name": "drawn",
+            "data": "two",
+            "protocol": "lowshot",
+            "preset": "none",
+            "settings": {"split_files": ["draw.txt"]},
+        },
     ]
     monkeypatch.chdir(folder)
     config = suite(folder, listed, checkpoints=["base.safetensors"], data__root=".")

@@ -62,8 +62,10 @@ def test_a_resumed_suite_takes_only_entries_from_another_file(
     assert run(line(folder, file, "--seed", "3", "--out", out)) == 0
     bigger = tmp_path / "bigger.toml"
     added = f'[[entries]]\nname = "new"\ndata = "{folder / "data"}"\nprotocol = "knn"\nsettings.k = [5]\n'
-    bigger.write_text(file.read_text().partition("\n")[2] + "\n" + added)
-    assert run(["transfer", "--suite", str(bigger), "--resume", "--out", out]) == 0, capsys.readouterr().err
+    bigger.write_text("workers = 0\nresolution = 8\n" + file.read_text().partition("\n")[2] + "\n" + added)
+    capsys.readouterr()
+    assert run(["transfer", "--suite", str(bigger), "--resume", "--out", out]) == 0
+    assert f"{bigger}: resolution not read" in capsys.readouterr().err
     for model in ("base", "refined"):
         config = results(tmp_path / "out" / "new" / f"{model}.safetensors")["config"]
         assert (config["seed"], config["resolution"], config["device"]) == (3, 16, "cpu")

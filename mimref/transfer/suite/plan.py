@@ -91,7 +91,7 @@ def _absolute_entry(entry: EntryConfig) -> EntryConfig:
         settings["data.root"] = absolute_path(root)
     if isinstance(files := settings.get("split_files"), list):
         settings["split_files"] = [absolute_path(file) if isinstance(file, str) else file for file in files]
-    updates: dict[str, Any] = {"data": absolute_spec(entry.data), "settings": settings}
+    updates: dict[str, Any] = {"data": absolute_spec(entry.data)} | ({"settings": settings} if settings else {})
     if entry.tune_data is not None:
         updates["tune_data"] = absolute_spec(entry.tune_data)
     if entry.preset is not None and entry.preset.endswith(".toml"):

@@ -157,7 +157,7 @@ def run_suite(
             if found is not None:
                 read[checkpoint] = found
     checks.finish()
-    listed = [entry.given.model_dump(exclude_unset=True) for entry in entries]
+    listed = [entry.given.model_dump(exclude_unset=True, exclude_none=True) for entry in entries]
     config = config.model_copy(update={"entries": listed})
     with folder_lock(out):
         _check_folder(out, parts, resume=resume, force=force)
