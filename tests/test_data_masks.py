@@ -99,6 +99,18 @@ def test_ade20k(tmp_path: Path) -> None:
     assert pairs_of(tmp_path).class_names[149] == "name 150"
 
 
+def test_own_masks_in_folders_of_ade20ks_names(tmp_path: Path) -> None:
+    for word in ("training", "validation"):
+        write_pair(tmp_path / "images" / word, tmp_path / "annotations" / word, "a", classes=3)
+    (notice,) = pairs_of(tmp_path).notices
+    assert "ADE20K" in notice and pairs_of(tmp_path, classes=150).classes == 150
+    stored = np.asarray(Image.open(tmp_path / "annotations/training/a.png"))
+    own = [(pairs_of(tmp_path, classes=3), ["0", "1", "2"]), (pairs_of(tmp_path, first=0), [])]
+    (tmp_path / "classes.txt").write_text("x\ny\nz")
+    for pairs, names in (*own, (pairs_of(tmp_path), ["x", "y", "z"])):
+        assert (pairs.class_names, pairs.notices) == (names, []) and np.array_equal(pairs.read(0)[1], stored)
+
+
 def test_pascal_voc(tmp_path: Path) -> None:
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path / "JPEGImages").mkdir()

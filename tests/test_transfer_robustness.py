@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.imagenet_info import ImageNetInfo
 
 from mimref.data.transforms import EvalTransform
 from mimref.encoders.checkpoints import read_checkpoint
@@ -246,6 +247,35 @@ def test_imagenets_classes_are_found_by_wnid_number_and_words() -> None:
         match_classes(wnids, [str(number) for number in range(10)])
 
 
+def test_the_two_cranes_of_imagenet_are_told_apart_by_position() -> None:
+    info: Any = ImageNetInfo()
+    words, cranes = info.label_descriptions(), ["n02012849", "n03126707"]
+    assert match_classes([*cranes, "n01440764"], words).tolist() == [134, 517, 0]
+    words[517] = "construction crane"
+    assert match_classes(cranes[:1], words).tolist() == [134]
+    with pytest.raises(UserError, match="n03126707"):
+        match_classes(cranes, words)
+    with pytest.raises(UserError, match="'tench, Tinca tinca' and 'n01440764'"):
+        match_classes([words[0], "n01440764"], words)
+
+
+def test_shifted_sets_have_the_users_root_and_columns(folder: Path, tmp_path: Path) -> None:
+    lines = [f"{path},{path.parent.name},val" for path in (folder / "some").rglob("*.png")]
+    (tmp_path / "own.csv").write_text("\n".join(["mine,kind,split", *lines]))
+    place = tmp_path / "root" / "svhn"
+    write_noise(place, 3, classes=("x",))
+    for name in ("train800val200", "test"):
+        (place / f"{name}.txt").write_text("x/0.png 0\nx/1.png 1\n")
+    write_classifier(tmp_path, classes=("0", "1", "b", "d", "e"))
+    specs = [f"list:{tmp_path / 'own.csv'}", "vtab1k:svhn", str(folder / "some")]
+    data = {"root": str(tmp_path / "root"), "image": "mine", "label": "kind"}
+    rows = evaluate_robustness(config(tmp_path, shifted=specs, data=data)).rows
+    listed, named, plain = (row for row in rows if row["metric"] == "robust_top1")
+    assert [row["images"] for row in (listed, named, plain)] == [24, 2, 24] and listed["value"] == plain["value"]
+    (line,) = errors_of(config(tmp_path, shifted=specs, data=data | {"spec": str(folder / "some")}))
+    assert "data.image" in line
+
+
 def test_names_of_corruptions() -> None:
     assert corruption_names("15") == list(CORRUPTIONS[:15]) and corruption_names("19") == list(CORRUPTIONS)
     assert corruption_names("fog, snow") == ["snow", "fog"]
@@ -326,6 +356,15 @@ def test_incomplete_sets_are_a_warning_each(folder: Path, tmp_path: Path) -> Non
     assert {"images of 3 of 6 classes", "images of 6 of 200 classes"} == {
         line.partition(": ")[2].partition(";")[0] for line in others
     }
+
+
+def test_the_limit_on_unreadable_images_is_that_of_all_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = [("1.png", "empty file"), ("2.png", "empty file")]
+    monkeypatch.setattr("mimref.transfer.finetune.classify.gather_lists", lambda own: [*own, *bad])
+    shifted = [str(folder / "some")]
+    assert evaluate_robustness(config(folder, shifted=shifted, data={"max_bad": 2})).bad_images == bad
+    (line,) = errors_of(config(folder, shifted=shifted, data={"max_bad": 1}))
+    assert "2 images" in line and "data.max_bad=1" in line
 
 
 def test_an_unreadable_image_is_reported_and_not_counted(folder: Path, tmp_path: Path) -> None:

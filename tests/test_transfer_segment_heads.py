@@ -25,6 +25,7 @@ from mimref.transfer.segment.tokens import PatchTokens, head_inputs, paper_block
 from tests.pairs import write_pairs
 from tests.test_data_masks import checked
 from tests.tiny import ARCHITECTURE
+from tests.watch import META, distant
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 LRS = [0.01, 0.1, 0.5]
@@ -231,6 +232,19 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         state.write_bytes(state.read_bytes()[:-100])
         with pytest.raises(OutputError, match="damaged state"):
             job(pairs, state, **settings).run("weights", None)
+
+
+def test_updates_do_not_wait_for_the_device(tmp_path: Path) -> None:
+    pairs = checked(write_pairs(tmp_path))[0]["train"]
+    for protocol in ("paper", "dinov2"):
+        near = job(pairs, protocol=protocol)
+        batch = next(near.batches())
+        far = HeadsJob(near.config, pairs, near.tokens, replace(near.reading, device=META), state=None)
+        near.tokens.encoder.to(META)
+        with distant() as noted:
+            for _ in range(2):
+                far.update(batch)
+        assert noted.copied and not noted.waited and not noted.mixed
 
 
 def test_heads_learn_colours(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Suites: entries equal their commands, nothing runs twice, missing data stops nothing else, mistakes are listed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mimref.config.load import load_config
@@ -16,7 +18,7 @@ from mimref.transfer.suite import run as module
 from mimref.transfer.suite.config import SuiteConfig
 from mimref.transfer.suite.plan import plan_entries
 from mimref.transfer.suite.run import SuiteResult, run_suite
-from tests.tiny import Killed, Watcher, results, write_labelled, write_weights
+from tests.tiny import ARCHITECTURE, Killed, Watcher, results, write_labelled, write_weights
 
 
 @pytest.fixture
@@ -255,6 +257,65 @@ def test_encoders_of_one_name_are_kept_apart(folder: Path) -> None:
     found = run_suite(suite(folder, entries(folder)[:1], checkpoints=files), folder / "out")
     assert [row["model"] for row in found.rows if "entry" in row] == files
     assert len(list((folder / "out" / "first").iterdir())) == 2
+
+
+def test_an_encoder_of_a_finished_ones_name_is_added(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [str(folder / "base.safetensors"), str(folder / "else" / "base.safetensors")]
+    run_suite(suite(folder, entries(folder)[:1], checkpoints=files[:1]), folder / "out")
+    (folder / "else").mkdir()
+    write_weights(folder / "else" / "base.safetensors", seed=5)
+    runs = Runs(monkeypatch)
+    found = run_suite(suite(folder, entries(folder)[:1], checkpoints=files), folder / "out", resume=True)
+    assert len(runs.done) == 1 and [row["model"] for row in found.rows if "entry" in row] == files
+
+
+def test_a_suite_of_relative_paths_resumes_from_any_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "draw.txt").write_text("\n".join(f"{label}/000.png" for label in "ab"))
+    (folder / "own.toml").write_text("k = [3]")
+    listed = [
+        {"name": "near", "data": "one", "protocol": "knn", "preset": "own.toml"},
+        {
+            "name": "drawn",
+            "data": "two",
+            "protocol": "lowshot",
+            "preset": "none",
+            "settings": {"split_files": ["draw.txt"]},
+        },
+    ]
+    monkeypatch.chdir(folder)
+    config = suite(folder, listed, checkpoints=["base.safetensors"], data__root=".")
+    found = run_suite(config, Path("out"))
+    assert found.failed == [] and len(found.rows) == 3
+    (folder / "else").mkdir()
+    runs = Runs(monkeypatch)
+    for place in (folder / "else", folder):
+        monkeypatch.chdir(place)
+        config = load_config(SuiteConfig, str(folder / "out" / "suite.toml"))
+        assert run_suite(config, folder / "out", resume=True).rows == found.rows and runs.done == []
+    assert config.data.root == str(folder)
+
+
+def test_a_setting_that_is_no_longer_set_is_a_changed_one(folder: Path) -> None:
+    listed, out = entries(folder)[:1], folder / "out"
+    run_suite(suite(folder, listed, resolution=16, data__alpha="white", data__crop_fraction=0.5), out)
+    # Without this setting, the value may be that of the checkpoint's header.
+    run_suite(suite(folder, listed, resolution=16, data__crop_fraction=0.5), out, resume=True)
+    for setting, lacking in (("resolution", {"data__crop_fraction": 0.5}), ("data.crop_fraction", {"resolution": 16})):
+        (first, _) = refused(suite(folder, listed, **lacking), out, resume=True)
+        assert f"{setting} was" in first and "is now unset" in first
+
+
+def test_encoders_of_many_channels_need_no_setting(folder: Path) -> None:
+    for split, count in (("train", 4), ("val", 2)):
+        for label in range(2):
+            (folder / "bands" / split / str(label)).mkdir(parents=True)
+            for index in range(count):
+                pixels = np.full((16, 16, 5), 100 * label + index, dtype=np.uint8)
+                np.save(folder / "bands" / split / str(label) / f"{index}.npy", pixels)
+    write_weights(folder / "bands.safetensors", architecture=replace(ARCHITECTURE, channels=5))
+    listed = [entries(folder)[0] | {"data": str(folder / "bands")}]
+    found = run_suite(suite(folder, listed, checkpoints=[str(folder / "bands.safetensors")]), folder / "out")
+    assert found.failed == [] and found.rows[0]["value"] == 100
 
 
 @pytest.mark.parametrize("name", preset_names("transfer"))

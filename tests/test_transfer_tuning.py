@@ -182,6 +182,21 @@ def test_a_changed_batch_size_is_another_fine_tuning(folder: Path) -> None:
         run_suite(config.model_copy(update={"entries": [changed]}), folder / "out", resume=True)
 
 
+def test_without_rates_the_recipe_chooses_one(folder: Path) -> None:
+    listed = suite(folder, seeds=1).entries[0]
+    entry = {key: value for key, value in listed.items() if key not in ("learning_rates", "tune_data")}
+    entry["settings"] = {"finetune": {"epochs": 1, "warmup_epochs": 0}}
+    config = suite(folder).model_copy(update={"entries": [entry]})
+    run_suite(config, folder / "out")
+    (planned,) = plan_entries(config, checks := Checks())
+    assert isinstance(planned.config, FinetuneConfig)
+    encoder = planned.config.encoder.model_copy(update={"weights": config.checkpoints[0]})
+    lr = make_plan(planned.config.model_copy(update={"encoder": encoder}), Silent(), checks).config.finetune.lr
+    place = folder / "out" / "tuned" / "base.safetensors"
+    assert lr != FinetuneConfig().finetune.lr and results(place)["metrics"][0]["lr"] == lr
+    assert results(place / "final" / "seed4")["config"]["finetune"]["lr"] == lr
+
+
 def test_vtab_1k_is_the_published_procedure() -> None:
     planned = plan_entries(load_config(SuiteConfig, "vtab-1k", {"data.root": "/x"}), checks := Checks())
     checks.finish()

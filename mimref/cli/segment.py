@@ -52,11 +52,11 @@ def segment(options: SegmentOptions) -> None:
     """
     from mimref.transfer.segment.config import SegmentConfig
 
-    if options.epochs is not None and options.updates is None:
-        # Presets and the protocol dinov2 set a number of updates, which would take precedence.
+    if options.given("training.epochs") is not None and options.given("training.updates") is None:
+        # A preset's number of updates would take precedence.
         options.sets = ["training.updates=none", *(options.sets or ())]
     preset = options.preset or (None if options.checkpoint else "quickstart")
-    if preset == "quickstart" and options.given("protocol") == "dinov2":
+    if preset in ("quickstart", "segment/quickstart") and options.given("protocol") == "dinov2":
         # The preset's rates are for the paper's protocol.
         options.sets = ["training.lr=0.001", "training.block_lr=0.001", *(options.sets or ())]
     config = options.load(SegmentConfig, preset)

@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from mimref.cli.execution import figure, run_on_ranks, write_page
+from mimref.cli.execution import figure, note, run_on_ranks, write_page
 from mimref.cli.options import CHECKPOINT, Report, Resume, Seed, Text
 from mimref.cli.parser import argument, option
 from mimref.errors import UserErrors
@@ -30,10 +30,20 @@ def transfer(options: SuiteOptions) -> None:
       mimref transfer --suite quickstart
       mimref transfer mae_l16 runs/mae_l16 --suite vtab-natural --set data.root=/data/vtab --out runs/vtab
     """
+    from mimref.config.load import flatten, load_config
     from mimref.transfer.suite.config import SuiteConfig
     from mimref.transfer.suite.plan import ask_for_suite
 
-    config = options.load(SuiteConfig, options.resumed("suite.toml", options.suite), ask_for_suite)
+    earlier = options.resumed("suite.toml", None)
+    config = options.load(SuiteConfig, earlier or options.suite, ask_for_suite)
+    if earlier and (file := options.suite):
+        # Encoders and common settings stay those of the suite in the folder.
+        given = options.checks.run("suite", lambda: load_config(SuiteConfig, file))
+        if given is not None:
+            config = config.model_copy(update={"entries": given.entries})
+            common, kept = (flatten(each.model_dump(exclude_unset=True)) for each in (given, config))
+            if ignored := [key for key in common if key != "preset" and common[key] != kept.get(key)]:
+                note(f"{file}: {', '.join(ignored)} not read; the settings in {earlier} hold", options)
     name = Path(config.preset or "suite").stem
     out = options.out = options.out or Path("runs") / f"{config.command}-{name}"
 

@@ -27,6 +27,8 @@ NAMES = ("digits", "fashion-mnist")
 """Specs that are not paths, even where a folder has the same name."""
 _NAMED = ("torchvision:", "vtab:", "vtab1k:")
 """Prefixes of named data sets, whose files are below `data.root`."""
+COLUMNED = ("list:", "hf:", "wds:")
+"""Prefixes of data sets in which `data.image` and `data.label` name columns or members."""
 _HOW_TO_LABEL = {
     "list:": "give the list the columns label and split (train, val)",
     "hf:": "give it a column label, and splits train and validation",
@@ -94,7 +96,7 @@ def _prefix(spec: str) -> str:
 
 def _open(spec: str, data: DataConfig, split: Split, progress: LabelledProgress | None) -> ArraySource | EncodedSource:
     for name in ("image", "label"):
-        if getattr(data, name) is not None and not spec.startswith(("list:", "hf:", "wds:")):
+        if getattr(data, name) is not None and not spec.startswith(COLUMNED):
             raise ConfigError(f"data.{name} names a column of list: and hf:, or a member of wds:; leave it out")
     if spec == "digits":
         return open_digits(split)

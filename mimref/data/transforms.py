@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
+from mimref.devices import send
 from mimref.errors import ConfigError
 
 PerChannel = tuple[float, ...]
@@ -101,8 +102,10 @@ class EvalTransform:
     def normalize(self, batch_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Normalise crops (B, C, S, S) to `dtype`, on their device; computed in at least fp32, then rounded once."""
         compute = torch.promote_types(dtype, torch.float32)
-        mean = torch.tensor(self.mean, dtype=compute, device=batch_BCHW.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, dtype=compute, device=batch_BCHW.device).view(-1, 1, 1)
+        mean, std = (
+            send(torch.tensor(values, dtype=compute), batch_BCHW.device).view(-1, 1, 1)
+            for values in (self.mean, self.std)
+        )
         return ((batch_BCHW.to(compute) / 255 - mean) / std).to(dtype)
 
     def to_dict(self) -> dict[str, Any]:

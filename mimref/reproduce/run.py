@@ -16,7 +16,6 @@ from mimref.config.base import dump_config
 from mimref.config.load import load_config
 from mimref.data.decode import skipped_line
 from mimref.devices import resolve_device
-from mimref.distributed.group import world_size
 from mimref.errors import Checks, ConfigError, OutputError
 from mimref.files import check_writable, write_bytes
 from mimref.locks import folder_lock
@@ -26,6 +25,7 @@ from mimref.reproduce.jobs import RunFailed, run_jobs
 from mimref.reproduce.plan import Suite, check_earlier, free_cores, make_suite, runs_of
 from mimref.reproduce.summary import skipped_images, summarise
 from mimref.results import Row, Tabular, write_results
+from mimref.training.folder import with_absolute_paths
 from mimref.training.signals import stop_signal
 
 COMMAND = "reproduce ablations"
@@ -66,7 +66,7 @@ def run_ablations(
     in `out`. resume: `out` must hold a suite. force: run everything again.
     """
     listener, checks = listener or Silent(), checks or Checks()
-    if world_size() > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # no process group is joined here
         checks.add("jobs", ConfigError("a suite starts its runs itself; start it without torchrun"))
     checks.run("out", lambda: _check_folder(out, resume=resume, force=force))
     whole = config if force else checks.run("out", lambda: _with_earlier(config, out)) or config
@@ -77,18 +77,27 @@ def run_ablations(
     with stop_signal(), folder_lock(out):
         if force and (out / SETTINGS).is_file():
             _clear(out)
-        write_bytes(out / SETTINGS, dump_config(config, defaults=False).encode())
+        if whole != config:
+            # Tables and seeds of earlier calls stay known, even if this call is interrupted.
+            _collect(suite, whole, out, [])
+        write_bytes(out / SETTINGS, dump_config(with_absolute_paths(config), defaults=False).encode())
         for notice in (*suite.plan.notices, *suite.plan.derived):
             listener.note(str(notice))
         wanted = runs_of(suite, config)
         unfinished = [run for run in wanted if not run.finished]
         listener.note(f"{len(wanted)} runs, of which {len(wanted) - len(unfinished)} are finished")
         failed = run_jobs(unfinished, jobs_of(config), listener)
-        rows, elapsed_s = summarise(suite)
-        bad_images = skipped_images(suite)
-        if bad_images:
-            listener.warn(skipped_line(bad_images))
-        write_results(out, COMMAND, whole.model_dump(mode="json"), elapsed_s, rows, bad_images=bad_images)
+        result = _collect(suite, whole, out, failed)
+        if result.bad_images:
+            listener.warn(skipped_line(result.bad_images))
+    return result
+
+
+def _collect(suite: Suite, whole: AblationsConfig, out: Path, failed: list[RunFailed]) -> AblationsResult:
+    """Write the results of all finished runs, and return them. whole: settings with all tables and seeds."""
+    rows, elapsed_s = summarise(suite)
+    bad_images = skipped_images(suite)
+    write_results(out, COMMAND, whole.model_dump(mode="json"), elapsed_s, rows, bad_images=bad_images)
     return AblationsResult(rows, elapsed_s, failed, suite, bad_images)
 
 

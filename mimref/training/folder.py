@@ -282,7 +282,7 @@ def check_same(then: C, now: C, wrong: str, *, evaluated: bool = False) -> None:
     for key in before:
         if before[key] != after[key] and not any(fnmatchcase(key, free) for free in may_change):
             raise ConfigError(
-                f"{wrong} with another {key}: it was {_shown(before[key])} and is now {_shown(after[key])}; restore "
+                f"{wrong} with another {key}: it was {shown(before[key])} and is now {shown(after[key])}; restore "
                 "it, or start over in another --out"
             )
 
@@ -292,22 +292,24 @@ def with_absolute_paths(config: C) -> C:
     data = config.data
     spec = None if data.spec is None else absolute_spec(data.spec)
     updates: dict[str, Any] = {
-        "data": data.model_copy(update={"spec": spec, "root": _absolute(data.root)}),
-        "encoder": config.encoder.model_copy(update={"weights": _absolute(config.encoder.weights)}),
+        "data": data.model_copy(update={"spec": spec, "root": data.root and absolute_path(data.root)})
     }
+    if weights := config.encoder.weights:
+        updates["encoder"] = config.encoder.model_copy(update={"weights": absolute_path(weights)})
     for name in config.path_settings:
-        value = getattr(config, name)
-        updates[name] = list(map(_absolute, value)) if isinstance(value, list) else _absolute(value)
+        if value := getattr(config, name):
+            updates[name] = list(map(absolute_path, value)) if isinstance(value, list) else absolute_path(value)
     return config.model_copy(update=updates)
 
 
-def _absolute(name: str | None) -> str | None:
+def absolute_path(name: str) -> str:
     """Return the absolute path of an existing file or folder; leave names of published and packaged weights."""
-    if name is None or name in PACKAGED:
+    if name in PACKAGED:
         return name
     path = os.path.abspath(os.path.expanduser(name))
     return path if os.path.exists(path) else name
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """Return the value of a setting for a message."""
     return "unset" if value is None else repr(value)

@@ -157,6 +157,28 @@ def test_folders_and_settings_that_do_not_fit(
     assert "already holds runs, and no suite" in capsys.readouterr().err
 
 
+def test_tables_of_interrupted_calls_stay(
+    folder: Path, started: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(folder)
+    words = [word.replace(f"{folder}/", "") for word in line(folder, "--seeds", "0", "--quiet")]
+    with monkeypatch.context() as patched:
+        patched.setattr("mimref.reproduce.run.run_jobs", interrupted)
+        for tables in ("a,e", "d"):
+            assert run([*words, "--tables", tables]) == 130
+    # The settings name the same files from any folder.
+    monkeypatch.chdir("/")
+    assert run(["reproduce", "ablations", "--resume", "--out", str(folder / "out"), "--quiet"]) == 0
+    assert results(folder / "out")["config"]["tables"] == ["a", "d", "e"]
+    assert {name.partition("-")[0] for name in started} == {"default", "d", "blocks"}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run([*words[:-1], "--resume"]) == 2
+    assert "torchrun" in capsys.readouterr().err
+
+
 def test_a_dry_run_lists_runs_and_their_time(
     folder: Path, started: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,8 @@ from PIL import Image
 
 from mimref.cli import run
 from mimref.data.masks.open import ACCEPTED
-from mimref.errors import Interrupted
+from mimref.errors import ConfigError, Interrupted
+from mimref.transfer.segment.config import SegmentConfig, TrainingConfig
 from mimref.transfer.segment.linear import HeadsJob
 from tests.pairs import write_pairs
 
@@ -144,6 +145,29 @@ def test_epochs_replace_updates(folder: Path, pairs: Path, tmp_path: Path) -> No
         assert run([*short, *more]) == 0
         # An epoch of 12 images has two batches of 5.
         assert {row["updates"] for row in rows_of(out)} == {"4"}
+
+
+def test_epochs_and_rates_wherever_they_are_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[SegmentConfig] = []
+
+    def record(config: SegmentConfig, **_: object) -> None:
+        seen.append(config)
+        raise ConfigError("enough")
+
+    def training(*words: str) -> TrainingConfig:
+        assert run(["segment", *words]) == 2
+        return seen[-1].training
+
+    monkeypatch.setattr("mimref.transfer.segment.run.evaluate_segment", record)
+    (tmp_path / "own.toml").write_text("training.epochs = 3")
+    dinov2 = ["--protocol", "dinov2"]
+    for words in (["--preset", str(tmp_path / "own.toml"), *dinov2], [*dinov2, "--set", "training.epochs=3"]):
+        found = training(*words)
+        assert (found.epochs, found.updates) == (3, None)
+    assert training("--set", "training.epochs=3", "--updates", "7").updates == 7
+    assert training("quickstart", *dinov2).updates == 40_000
+    for name in ("quickstart", "segment/quickstart"):
+        assert training("--preset", name, *dinov2).lr == [0.001]
 
 
 def test_one_process_alone(

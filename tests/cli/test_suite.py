@@ -55,6 +55,28 @@ def test_two_encoders(
     assert capsys.readouterr().out == printed.out and (out / "results.csv").read_bytes() == before
 
 
+def test_a_resumed_suite_takes_only_entries_from_another_file(
+    folder: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert run(line(folder, file, "--seed", "3", "--out", out)) == 0
+    bigger = tmp_path / "bigger.toml"
+    added = f'[[entries]]\nname = "new"\ndata = "{folder / "data"}"\nprotocol = "knn"\nsettings.k = [5]\n'
+    bigger.write_text("workers = 0\nresolution = 8\n" + file.read_text().partition("\n")[2] + "\n" + added)
+    capsys.readouterr()
+    assert run(["transfer", "--suite", str(bigger), "--resume", "--out", out]) == 0
+    assert f"{bigger}: resolution not read" in capsys.readouterr().err
+    for model in ("base", "refined"):
+        config = results(tmp_path / "out" / "new" / f"{model}.safetensors")["config"]
+        assert (config["seed"], config["resolution"], config["device"]) == (3, 16, "cpu")
+    assert len([row for row in results(tmp_path / "out")["metrics"] if "entry" in row]) == 6
+    assert run(["transfer", "--resume", "--seed", "4", "--out", out]) == 2
+    assert "seed was 3 and is now 4" in capsys.readouterr().err
+    bigger.write_text("entries = 3")
+    assert run(["transfer", "--suite", str(bigger), "--resume", "--out", out]) == 2
+    assert "bigger.toml: entries" in capsys.readouterr().err
+
+
 def test_the_rank_is_better_when_it_is_lower(folder: Path, file: Path, tmp_path: Path) -> None:
     assert run(line(folder, file, "--out", str(tmp_path / "out"))) == 0
     ranks = {

@@ -37,6 +37,7 @@ class _Folders(NamedTuple):
     masks: str
     has_splits: bool
     is_ade20k: bool = False
+    """Whether they have ADE20K's names."""
 
 
 def open_folder_pairs(spec: str, masks: MasksConfig, split: Split, progress: LabelledProgress | None = None) -> Pairs:
@@ -48,8 +49,15 @@ def open_folder_pairs(spec: str, masks: MasksConfig, split: Split, progress: Lab
     if os.path.isdir(os.path.join(root, "JPEGImages")) and os.path.isdir(os.path.join(root, "SegmentationClass")):
         return _open_voc(root, shown, masks, split)
     folders = _find(root, split)
+    if masks.first is not None or masks.classes not in (None, ADE20K_CLASSES) or read_names(root):
+        folders = folders._replace(is_ade20k=False)
     images, files, notices = _paired(folders, progress)
     coding = Coding((1 if folders.is_ade20k else 0) if masks.first is None else masks.first, masks.ignore)
+    if folders.is_ade20k and not _ade20k_names(root):
+        notices.append(
+            f"{shown} has the folders of ADE20K: its masks are read as {ADE20K_CLASSES} classes from 1, where 0 is "
+            "unlabelled; for other masks set masks.first or masks.classes, or add classes.txt"
+        )
     source = FileSource(shown, folders.images, images, None, None)
     decoded = EncodedMasks(FileSource(shown, folders.masks, files, None, None), coding)
     pairs = Pairs(source, decoded, _names(root, masks, folders), notices)
@@ -121,11 +129,9 @@ def _without_masks(lacking: Sequence[str], images: int, where: str) -> str:
 
 def _names(root: str, masks: MasksConfig, folders: _Folders) -> list[str]:
     """Return the names of the classes; empty if their number is known only from the masks."""
-    if masks.classes is not None:
-        return read_names(root, masks.classes) or list(map(str, range(masks.classes)))
     if folders.is_ade20k:
         return _ade20k_names(root) or list(map(str, range(ADE20K_CLASSES)))
-    return read_names(root)
+    return read_names(root, masks.classes) or list(map(str, range(masks.classes or 0)))
 
 
 def read_names(root: str, classes: int | None = None) -> list[str]:

@@ -178,7 +178,7 @@ def _labels(column: pa.ChunkedArray, rows: Indices, name: str) -> RawLabels | No
         raise DataError(f"column {printable(name)!r} holds {kind}; labels are class names or whole numbers")
     column = column.take(rows)
     missing = pc.is_null(column)
-    if pc.all(missing).as_py():
+    if pc.all(missing, min_count=0).as_py():
         return None
     if (first := pc.index(missing, True).as_py()) >= 0:
         raise DataError(

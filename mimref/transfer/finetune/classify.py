@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mimref.data.decode import none_readable
+from mimref.data.decode import BadImages, none_readable
 from mimref.data.labels import Indices
 from mimref.data.sources import ImageSource
 from mimref.distributed.collectives import gather_lists, total_over_ranks
@@ -64,7 +64,7 @@ def accuracy(
     """Return the accuracy on labelled images. The ranks share the images, and all of them get the result.
 
     labels: (N,) class numbers. among: the only classes that compete; the labels are then positions in `among`. Raises
-    DataError if none of the images can be read.
+    DataError if too many images, or all of them, are unreadable.
     """
     ranks, hits, images, bad = world_size(), np.zeros(2, dtype=np.int64), 0, list[tuple[str, str]]()
     competing = classifier.num_classes if among is None else len(among)
@@ -80,5 +80,6 @@ def accuracy(
     images, bad = total_over_ranks(images), gather_lists(bad)
     if not images:
         raise none_readable(source.name, bad)
+    BadImages(settings.max_bad).add_all(bad)  # each rank has counted only its own
     top1, top5 = (100.0 * total_over_ranks(int(count)) / images for count in hits)
     return Scores(top1, top5 if competing > 5 else None, images, bad)

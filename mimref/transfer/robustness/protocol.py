@@ -134,8 +134,8 @@ def _open_others(
     if not places and not asked:
         what = "--imagenet-c, --imagenet-a, --imagenet-r, --sketch, --shifted or --corrupt"
         checks.add("imagenet_c", ConfigError(f"no test set: pass one or more of {what}"))
-    # All sets share the settings for reading images; each has its own location.
-    own = config.data.model_copy(update=dict.fromkeys(("root", "image", "label")) | {"spec": "."})
+    # All sets share the user's settings for reading images; the header knows only where its own images are.
+    own = config.data.model_copy(update={"spec": "."})
     reading = checks.run("data.spec", partial(resolve_data, own, header))
     return open_sets(places, reading or own, found[1] if found else None, listener, checks)
 

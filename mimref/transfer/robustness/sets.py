@@ -11,7 +11,7 @@ import numpy as np
 from mimref.config.base import DataConfig
 from mimref.data.decode import first_of, printable
 from mimref.data.labels import Indices, class_name, nearest_class
-from mimref.data.open import open_source
+from mimref.data.open import COLUMNED, open_source
 from mimref.data.sample import check_readable
 from mimref.data.sources import FileSource, ImageSource
 from mimref.errors import Checks, DataError
@@ -56,6 +56,8 @@ def open_labelled(place: Place, data: DataConfig, classes: Sequence[str] | None,
     DataError for images that cannot be opened, and for classes that the classifier does not have.
     """
     data = data.model_copy(update={"spec": place.spec, "train_limit": None})
+    if place.setting != "data.spec" and not place.spec.startswith(COLUMNED):
+        data = data.model_copy(update={"image": None, "label": None})  # for other sets
     try:
         source = _open(data, listener)
         check_readable(source, data.max_bad)
@@ -86,14 +88,15 @@ def _open(data: DataConfig, listener: Listener) -> ImageSource:
 
 
 def match_classes(names: Sequence[str], classes: Sequence[str]) -> Indices:
-    """Return the position of every name in `classes`. Raises DataError for names that `classes` does not have.
+    """Return the position of every name in `classes`.
 
-    The classifier may name ImageNet's classes differently: by numbers from `0` to `999`, or in words.
+    The classifier may name ImageNet's classes differently: by numbers from `0` to `999`, or in words. Raises DataError
+    for names that `classes` does not have, and for two names of one class.
     """
     number = {class_name(name): index for index, name in enumerate(classes)}
     unknown = [name for name in names if name not in number]
     if unknown:
-        number = _wnid_numbers(number) | number
+        number = _wnid_numbers(classes) | number
         unknown = [name for name in names if name not in number]
     if len(unknown) == len(names):
         raise DataError(
@@ -104,19 +107,31 @@ def match_classes(names: Sequence[str], classes: Sequence[str]) -> Indices:
         count = "1 of its classes is" if len(unknown) == 1 else f"{len(unknown)} of its classes are"
         near = nearest_class(unknown[0], classes)
         raise DataError(f"{count} not among the classifier's {len(classes)}: {first_of(unknown)}{near}")
+    first: dict[int, str] = {}
+    for name in names:
+        if (other := first.setdefault(number[name], name)) != name:
+            raise DataError(f"its classes {other!r} and {name!r} are one of the classifier's; merge or rename them")
     return np.array([number[name] for name in names], dtype=np.int64)
 
 
-def _wnid_numbers(number: dict[str, int]) -> dict[str, int]:
-    """Map ImageNet's wnids, such as n01440764, to class numbers of a classifier of 1,000 classes; else empty."""
-    if len(number) != 1000:
+def _wnid_numbers(classes: Sequence[str]) -> dict[str, int]:
+    """Map ImageNet's wnids, such as n01440764, to class numbers of a classifier of 1,000 classes; else empty.
+
+    Two classes are both called `crane`: they are known by their position in ImageNet's order.
+    """
+    if len(classes) != 1000:
         return {}
     from timm.data.imagenet_info import ImageNetInfo
 
     info: Any = ImageNetInfo()
     wnids, words = info.label_names(), info.label_descriptions()
-    named = words if "0" not in number else map(str, range(1000))
-    return {wnid: number[name] for wnid, name in zip(wnids, named, strict=True) if name in number}
+    number = {class_name(name): index for index, name in enumerate(classes)}
+    named = words if "0" not in number else list(map(str, range(1000)))
+    found = {wnid: number[name] for wnid, name in zip(wnids, named, strict=True) if name in number}
+    for index, (wnid, name) in enumerate(zip(wnids, named, strict=True)):
+        if named.count(name) > 1 and found.pop(wnid, None) is not None and classes[index] == name:
+            found[wnid] = index
+    return found
 
 
 def corrupted_places(root: str, listener: Listener) -> list[Place]:

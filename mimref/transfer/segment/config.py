@@ -137,4 +137,10 @@ class SegmentConfig(CommandConfig):
         """The protocol's values where none are given."""
         protocol = table.get("protocol") if isinstance(table, dict) else None
         changes = CHANGES.get(protocol) if isinstance(protocol, str) else None
-        return table if changes is None else merge_tables(changes, table)
+        if changes is None:
+            return table
+        merged, training = merge_tables(changes, table), table.get("training")
+        if isinstance(training, dict) and "epochs" in training and "updates" not in training:
+            # The protocol's number of updates would take precedence.
+            merged["training"] = {key: value for key, value in merged["training"].items() if key != "updates"}
+        return merged

@@ -44,5 +44,5 @@ def saturate(image_B3SS: Tensor, factor_B111: Tensor) -> Tensor:
     top, low = image_B3SS.amax(1, keepdim=True), image_B3SS.amin(1, keepdim=True)
     chroma = top - low
     # With a factor of value / chroma, the saturation is 1.
-    factor = torch.minimum(factor_B111, top / torch.where(chroma > 0, chroma, 1).clamp_min(1e-12))
+    factor = torch.minimum(factor_B111, top / chroma.masked_fill(chroma <= 0, 1).clamp_min(1e-12))
     return top - (top - image_B3SS) * factor

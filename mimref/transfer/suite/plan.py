@@ -8,12 +8,14 @@ from typing import Any, NoReturn, TypeVar
 from mimref.config.base import CommandConfig
 from mimref.config.load import flatten, load_config, setting_fields, validated
 from mimref.config.presets import preset_names
+from mimref.data.open import absolute_spec
 from mimref.errors import Checks, ConfigError, UserError, UserErrors
 from mimref.evaluation.cluster.config import ClusterConfig
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.lowshot.config import LowshotConfig
 from mimref.evaluation.probe.config import ProbeConfig
 from mimref.features.config import EvaluationConfig
+from mimref.training.folder import absolute_path
 from mimref.transfer.finetune.config import FinetuneConfig
 from mimref.transfer.suite.config import EntryConfig, SuiteConfig
 
@@ -75,8 +77,30 @@ def _labelled(label: str, error: UserError) -> UserError:
     return type(error)(f"{label}: {error}")
 
 
+def with_absolute_paths(config: SuiteConfig) -> SuiteConfig:
+    """Return the common settings with absolute paths, so that suite.toml means the same wherever it is read."""
+    updates: dict[str, Any] = {"checkpoints": list(map(absolute_path, config.checkpoints))}
+    if root := config.data.root:
+        updates["data"] = config.data.model_copy(update={"root": absolute_path(root)})
+    return config.model_copy(update=updates)
+
+
+def _absolute_entry(entry: EntryConfig) -> EntryConfig:
+    settings = flatten(entry.settings)
+    if isinstance(root := settings.get("data.root"), str):
+        settings["data.root"] = absolute_path(root)
+    if isinstance(files := settings.get("split_files"), list):
+        settings["split_files"] = [absolute_path(file) if isinstance(file, str) else file for file in files]
+    updates: dict[str, Any] = {"data": absolute_spec(entry.data)} | ({"settings": settings} if settings else {})
+    if entry.tune_data is not None:
+        updates["tune_data"] = absolute_spec(entry.tune_data)
+    if entry.preset is not None and entry.preset.endswith(".toml"):
+        updates["preset"] = absolute_path(entry.preset)
+    return entry.model_copy(update=updates)
+
+
 def _plan_entry(config: SuiteConfig, table: Mapping[str, Any]) -> Entry:
-    entry = validated(EntryConfig, table)
+    entry = _absolute_entry(validated(EntryConfig, table))
     model = MODELS[entry.protocol]
     known = setting_fields(model)
     given = flatten(config.model_dump(exclude_unset=True))

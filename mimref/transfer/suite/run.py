@@ -8,16 +8,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mimref.config.base import CommandConfig, dump_config
 from mimref.config.load import flatten
 from mimref.data.decode import skipped_line
+from mimref.data.open import absolute_spec
+from mimref.data.pixels import DECODING
 from mimref.distributed.group import world_size
+from mimref.encoders.backbones import EncoderArchitecture
 from mimref.encoders.checkpoints import choose_architecture, read_checkpoint
 from mimref.encoders.published import must_download
 from mimref.errors import Checks, ConfigError, LostRankError, OutputError, UserError
@@ -29,15 +33,17 @@ from mimref.evaluation.lowshot.config import LowshotConfig
 from mimref.evaluation.lowshot.protocol import evaluate_lowshot
 from mimref.evaluation.probe.config import ProbeConfig
 from mimref.evaluation.probe.protocol import evaluate_probe
+from mimref.features.header import resolve_data, with_channels
 from mimref.features.inputs import distinct_names
 from mimref.features.opening import check_device, open_images
 from mimref.files import check_writable, write_bytes
 from mimref.locks import folder_lock
 from mimref.progress import Listener, Silent
 from mimref.results import WRITTEN, EvaluationResult, Row, Tabular, main_rows, named, read_results, write_results
+from mimref.training.folder import shown
 from mimref.transfer.finetune.config import FinetuneConfig
 from mimref.transfer.suite.config import SuiteConfig
-from mimref.transfer.suite.plan import Entry, labelled_errors, plan_entries
+from mimref.transfer.suite.plan import Entry, labelled_errors, plan_entries, with_absolute_paths
 from mimref.transfer.suite.ranks import summary_rows
 from mimref.transfer.suite.tuning import METRIC as FINETUNE_METRIC
 from mimref.transfer.suite.tuning import finetune_entry
@@ -55,7 +61,8 @@ _FREE = ("preset", "device", "workers", "data.root", "data.download", "data.max_
 _FREE_SECTIONS = ("cache.", "monitor.")
 _FREE_OF = {True: ("micro_batch", "activation_checkpointing", "shard"), False: ("batch_size",)}
 """More such settings; keys: whether the entry is a fine-tuning."""
-_PATHS = ("checkpoint", "encoder.weights")
+# A checkpoint's header may provide these where they are not set; results.json then records its values.
+_RECORDED = tuple(f"data.{name}" for name in DECODING)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,13 @@ class SuiteResult(Tabular):
     """Reasons why entries have no result, one line each."""
     bad_images: list[tuple[str, str]]
     """Path and reason of every image left out in any entry."""
+
+
+class _Read(NamedTuple):
+    """What is known of a checkpoint before it runs."""
+
+    header: Mapping[str, Any]
+    architecture: EncoderArchitecture
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,7 @@ def run_suite(
     if world_size() > 1:
         checks.add("suite", ConfigError("a suite runs in one process; start it without torchrun, or one on each GPU"))
     check_device(config, checks)
+    config = with_absolute_paths(config)
     entries = plan_entries(config, checks)
     models = checks.run("checkpoints", lambda: distinct_names(config.checkpoints)) or []
     parts = _parts(entries, config.checkpoints, models, out)
@@ -135,14 +150,19 @@ def run_suite(
             checks.run("suite", partial(_check_same, part))
     unfinished = [part for part in parts if force or not part.finished]
     finished = {part.checkpoint for part in parts} - {part.checkpoint for part in unfinished}
+    read: dict[str, _Read] = {}
     for checkpoint in dict.fromkeys(config.checkpoints):
         if checkpoint not in finished and (checks.passed or not must_download(checkpoint)):
-            checks.run("checkpoints", partial(_check_checkpoint, checkpoint, config, listener))
+            found = checks.run("checkpoints", partial(_read_checkpoint, checkpoint, config, listener))
+            if found is not None:
+                read[checkpoint] = found
     checks.finish()
+    listed = [entry.given.model_dump(exclude_unset=True, exclude_none=True) for entry in entries]
+    config = config.model_copy(update={"entries": listed})
     with folder_lock(out):
         _check_folder(out, parts, resume=resume, force=force)
         _prepare(out, config, unfinished if force else [])
-        failed = _run_parts(unfinished, listener)
+        failed = _run_parts(unfinished, read, listener)
         result = _finish(out, config, parts, models, failed)
     if result.bad_images:
         listener.warn(skipped_line(result.bad_images))
@@ -155,11 +175,24 @@ def _parts(entries: Sequence[Entry], checkpoints: Sequence[str], models: Sequenc
     folders = [re.sub(r"[^\w.+-]+", "-", model).strip("-.") for model in models]
     if len(set(folders)) < len(folders) or "" in folders:
         folders = [f"{number}-{name}" for number, name in enumerate(folders, start=1)]
-    return [
-        _Part(entry, checkpoint, model, out / entry.name / folder)
-        for entry in entries
-        for checkpoint, model, folder in zip(checkpoints, models, folders, strict=bool(models))
-    ]
+    parts: list[_Part] = []
+    for entry in entries:
+        place = out / entry.name
+        # An encoder's name depends on the others, which may have been added or renamed since it was measured.
+        earlier = _finished_folders(place)
+        for checkpoint, model, folder in zip(checkpoints, models, folders, strict=bool(models)):
+            parts.append(_Part(entry, checkpoint, model, earlier.get(os.path.realpath(checkpoint), place / folder)))
+    return parts
+
+
+def _finished_folders(place: Path) -> dict[str, Path]:
+    """Return the folders of an entry's finished evaluations, by the real path of their checkpoint."""
+    found: dict[str, Path] = {}
+    for file in sorted(place.glob("*/results.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            settings = flatten(json.loads(file.read_text(encoding="utf-8"))["config"])
+            found[os.path.realpath(settings.get("checkpoint") or settings["encoder.weights"])] = file.parent
+    return found
 
 
 def _check_folder(out: Path, parts: Sequence[_Part], *, resume: bool, force: bool) -> None:
@@ -184,23 +217,32 @@ def _check_same(part: _Part) -> None:
         then = flatten(json.loads(file.read_text(encoding="utf-8"))["config"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(f"{file} cannot be read ({error}); remove it, and --resume runs this entry again") from error
-    free = (*_FREE, *_FREE_OF[isinstance(part.entry.config, FinetuneConfig)])
+    is_finetuning = isinstance(part.entry.config, FinetuneConfig)
+    free = (*_FREE, *_FREE_OF[is_finetuning])
+    recorded = () if is_finetuning else _RECORDED
     for key, now in flatten(part.settings).items():
-        # Settings that are not set may have been read from the checkpoint's header.
-        if key not in then or now is None or key in free or key.startswith(_FREE_SECTIONS):
+        if key not in then or key in free or key.startswith(_FREE_SECTIONS) or (now is None and key in recorded):
             continue
-        same = os.path.realpath(then[key] or "") == os.path.realpath(now) if key in _PATHS else then[key] == now
-        if not same:
+        if _meaning(key, then[key]) != _meaning(key, now):
             raise ConfigError(
-                f"{part.label}: {key} was {then[key]!r} and is now {now!r}; restore it, remove {part.folder} to run it "
-                "again, or choose another --out"
+                f"{part.label}: {key} was {shown(then[key])} and is now {shown(now)}; restore it, remove {part.folder} "
+                "to run it again, or choose another --out"
             )
 
 
-def _check_checkpoint(checkpoint: str, config: SuiteConfig, listener: Listener) -> None:
+def _meaning(key: str, value: Any) -> Any:
+    """Return the value of a setting, for paths in a form that equals any other way to write them."""
+    if key in ("checkpoint", "encoder.weights") and value is not None:
+        return os.path.realpath(value)
+    if key in ("data.spec", "tune_data") and value is not None:
+        return absolute_spec(value)
+    return list(map(os.path.realpath, value)) if key == "split_files" else value
+
+
+def _read_checkpoint(checkpoint: str, config: SuiteConfig, listener: Listener) -> _Read:
     """Raise CheckpointError or ConfigError for a file without an encoder of the expected architecture."""
     found = read_checkpoint(checkpoint, config.encoder, progress=listener.progress)
-    choose_architecture(found, config.arch, config.source, config.resolution)
+    return _Read(found.header, choose_architecture(found, config.arch, config.source, config.resolution))
 
 
 def _prepare(out: Path, config: SuiteConfig, replaced: Sequence[_Part]) -> None:
@@ -212,15 +254,18 @@ def _prepare(out: Path, config: SuiteConfig, replaced: Sequence[_Part]) -> None:
     write_bytes(out / "suite.toml", dump_config(config, defaults=False).encode())
 
 
-def _run_parts(parts: Sequence[_Part], listener: Listener) -> list[UserError]:
+def _run_parts(parts: Sequence[_Part], read: Mapping[str, _Read], listener: Listener) -> list[UserError]:
     """Run the parts, and return the errors of those that could not be run."""
     failed: list[UserError] = []
     missing: dict[str, UserError] = {}
-    for entry in {part.entry.name: part.entry for part in parts}.values():
+    first: dict[str, _Part] = {}
+    for part in parts:
+        first.setdefault(part.entry.name, part)
+    for name, part in first.items():
         try:
-            labelled_errors(f"entry {entry.name!r}", partial(_check_data, entry, listener))
+            labelled_errors(f"entry {name!r}", partial(_check_data, part.entry, read[part.checkpoint], listener))
         except UserError as error:
-            missing[entry.name] = error
+            missing[name] = error
             failed.append(error)
             listener.note(f"{error}; the others run")
     for part in (part for part in parts if part.entry.name not in missing):
@@ -234,11 +279,14 @@ def _run_parts(parts: Sequence[_Part], listener: Listener) -> list[UserError]:
     return failed
 
 
-def _check_data(entry: Entry, listener: Listener) -> None:
-    """Raise UserError subclasses for missing images, before the first entry runs."""
-    checks = Checks()
+def _check_data(entry: Entry, read: _Read, listener: Listener) -> None:
+    """Raise UserError subclasses for missing images, before the first entry runs.
+
+    read: the first encoder to be measured, which may need images of other channels than three.
+    """
+    checks, data = Checks(), with_channels(resolve_data(entry.config.data, read.header), read.architecture)
     for spec in filter(None, (entry.given.data, entry.given.tune_data)):
-        open_images(entry.config.data.model_copy(update={"spec": spec}), listener.progress, checks)
+        open_images(data.model_copy(update={"spec": spec}), listener.progress, checks)
     checks.finish()
 
 

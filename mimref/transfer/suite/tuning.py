@@ -1,9 +1,9 @@
 """Fine-tuning entries: choose the learning rate on held-out images, then take the mean over seeds (VTAB-1K)."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mimref.config.base import DataConfig
 from mimref.config.load import load_config
 from mimref.errors import Checks, DivergenceError
 from mimref.evaluation.metrics import spread
@@ -26,15 +26,22 @@ def finetune_entry(config: FinetuneConfig, entry: EntryConfig, folder: Path, lis
     has its own folder below `folder`, where it can be resumed; its weights are deleted once it is finished. Rows:
     `finetune_top1`, the mean over the seeds, with `lr`; then `tune_top1` of every rate.
     """
-    lr, rows, elapsed_s, bad = config.finetune.lr, list[Row](), 0.0, list[tuple[str, str]]()
+    rows, elapsed_s, bad = list[Row](), 0.0, list[tuple[str, str]]()
 
-    def mean_score(metric: str, place: str, changes: Mapping[str, Any]) -> Row:
-        """Return mean and standard deviation over the seeds, in percent, of runs in `place` with these changes."""
+    def mean_score(metric: str, place: str, rate: float | None, data: DataConfig) -> Row:
+        """Return mean and standard deviation over the seeds, in percent, of runs in `place`.
+
+        rate: the learning rate; None: that of the settings, or the one that a recipe derives.
+        """
         nonlocal elapsed_s
         scores = []
+        changes: dict[str, Any] = {"data": data}
+        if rate is not None:
+            changes["finetune"] = config.finetune.model_copy(update={"lr": rate})
+        chosen = "" if rate is None else f" with finetune.lr {rate:g}"
         for seed in range(config.seed, config.seed + entry.seeds):
             changed = config.model_copy(update={"seed": seed, **changes})
-            listener.note(f"{entry.name}: {metric} with finetune.lr {changed.finetune.lr:g}, seed {seed}")
+            listener.note(f"{entry.name}: {metric}{chosen}, seed {seed}")
             run = _run(changed, folder / place / f"seed{seed}", listener)
             scores.append(_last_score(run))
             elapsed_s += run.elapsed_s
@@ -43,19 +50,18 @@ def finetune_entry(config: FinetuneConfig, entry: EntryConfig, folder: Path, lis
         return {"metric": metric, "value": mean, "mean": mean, "std": std, "seeds": len(scores)}
 
     for rate in entry.learning_rates:
-        changes = {
-            "data": config.data.model_copy(update={"spec": entry.tune_data}),
-            "finetune": config.finetune.model_copy(update={"lr": rate}),
-        }
+        tune_data = config.data.model_copy(update={"spec": entry.tune_data})
         try:
-            found = mean_score("tune_top1", f"lr{rate:g}", changes)
+            found = mean_score("tune_top1", f"lr{rate:g}", rate, tune_data)
         except DivergenceError as error:
             listener.note(f"{entry.name}: finetune.lr {rate:g} counts as 0: {error}")
             found = {"metric": "tune_top1", "value": 0.0}
         rows.append(found | {"lr": rate})
-    if rows:
-        lr = float(max(rows, key=lambda row: float(row["value"]))["lr"])
-    best = mean_score(METRIC, "final", {"finetune": config.finetune.model_copy(update={"lr": lr})})
+    lr = float(max(rows, key=lambda row: float(row["value"]))["lr"]) if rows else None
+    best = mean_score(METRIC, "final", lr, config.data)
+    if lr is None:
+        settings = folder / "final" / f"seed{config.seed}" / "config.toml"
+        lr = load_config(FinetuneConfig, str(settings)).finetune.lr
     return EvaluationResult([best | {"lr": lr}, *rows], elapsed_s, list(dict.fromkeys(bad)))
 
 
