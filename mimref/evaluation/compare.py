@@ -74,8 +74,8 @@ def compare_encoders(
 ) -> IllustratedResult:
     """Return rows of every protocol for the base, then the other encoders; one encoder pass per split and encoder.
 
-    All encoders are measured on the same draws, runs and images: those of `config.data`, else those that the base's
-    header records. exhibits: also collect the images that a report shows.
+    All encoders are measured on the same draws, runs and images: those of `config.data`, else those of the first header
+    that records some. exhibits: also collect the images that a report shows.
     Raises UserError subclasses, before any encoder runs, for checkpoints or images that do not fit.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
