@@ -46,7 +46,7 @@ def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
     found = {key: getattr(known, key) for key in missing}
     if data.channels is not None and "alpha" in found:
         found["alpha"] = None  # recorded for colour images
-    return _completed(data, found)
+    return completed(data, found)
 
 
 def shared_data(data: DataConfig, headers: Sequence[Mapping[str, Any]]) -> tuple[DataConfig, list[str]]:
@@ -75,11 +75,11 @@ def shared_data(data: DataConfig, headers: Sequence[Mapping[str, Any]]) -> tuple
     return resolve_data(data, {"data": images | decoding}), differing
 
 
-def _completed(data: DataConfig, found: Mapping[str, Any]) -> DataConfig:
+def completed(data: DataConfig, found: Mapping[str, Any]) -> DataConfig:
     """Return the settings with values that they leave open. Raises ConfigError if both do not fit together."""
-    completed = data.model_copy(update=found)
-    validated(DataConfig, completed.model_dump())
-    return completed
+    updated = data.model_copy(update=found)
+    validated(DataConfig, updated.model_dump())
+    return updated
 
 
 def with_channels(data: DataConfig, architecture: EncoderArchitecture) -> DataConfig:
@@ -89,7 +89,7 @@ def with_channels(data: DataConfig, architecture: EncoderArchitecture) -> DataCo
     """
     if data.channels is not None or architecture.channels in (1, 3):
         return data
-    return _completed(data, {"channels": architecture.channels})
+    return completed(data, {"channels": architecture.channels})
 
 
 def with_statistics(
