@@ -237,7 +237,8 @@ def test_heads_learn_colours(tmp_path: Path) -> None:
     pairs = checked(write_pairs(tmp_path))[0]["train"]
     trained = job(pairs, **{"training.updates": 40, "training.lr": [5.0], "crops.scale": [1.0, 1.0]})
     trained.run("weights", None)
-    image, mask = (part[..., :16, :16] for part in pairs.read(0))
+    decoded, labels = pairs.read(0)
+    image, mask = (part[..., :16, :16] for part in (decoded.image, labels))
     scores = trained.scores(trained.reading.transform.normalize(image[None].contiguous()))
     assert scores.shape == (2, 1, 3, 2, 2)
     # The class of each of the four patches is that of most of its pixels.

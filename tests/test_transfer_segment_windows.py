@@ -142,7 +142,8 @@ def test_a_whole_set_equals_a_loop(mode: TestMode, tmp_path: Path) -> None:
     found = evaluate_images(pairs, patch_scores, 2, READING, viewing)
     truth, predicted = [], [[], []]  # type: ignore[var-annotated]
     for number in range(len(pairs)):
-        seen = view_of(number, *pairs.read(number), SIZE, mode)
+        decoded, mask = pairs.read(number)
+        seen = view_of(number, decoded.image, mask, SIZE, mode)
         (scored,) = (torch.cat(list(each)) for each in score_views([seen], patch_scores, READING, viewing))
         truth.append(seen.mask.flatten())
         for head in range(2):

@@ -61,7 +61,7 @@ def accuracy(
     progress: Progress | None = None,
     among: Indices | None = None,
 ) -> Scores:
-    """Return the accuracy on labelled images. The ranks share the images, and all of them get the result.
+    """Return the accuracy on labelled images. The ranks share the images, and all of them get result and traits.
 
     labels: (N,) class numbers. among: the only classes that compete; the labels are then positions in `among`. Raises
     DataError if none of the images can be read.
@@ -78,6 +78,7 @@ def accuracy(
         if progress is not None:
             progress(batch.end, len(source))
     images, bad = total_over_ranks(images), gather_lists(bad)
+    source.share_traits()
     if not images:
         raise none_readable(source.name, bad)
     top1, top5 = (100.0 * total_over_ranks(int(count)) / images for count in hits)
