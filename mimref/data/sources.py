@@ -300,7 +300,7 @@ class Subset(ImageSource):
     def __init__(self, source: ImageSource, rows: Indices) -> None:
         self.source, self.rows = source, rows
         self.name, self.in_memory, self.class_names = source.name, source.in_memory, source.class_names
-        self.decoding = source.decoding
+        self.decoding, self.lacks_classes = source.decoding, source.lacks_classes
         self.labels = None if source.labels is None else source.labels[rows]
 
     @property
