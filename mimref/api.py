@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mimref.config.base import DataConfig, Interpolation, ReadingConfig
 from mimref.config.load import validated
 from mimref.data.decode import skipped_line
+from mimref.data.device_crops import decoding_device
 from mimref.data.given import GivenSource
 from mimref.data.open import open_source
 from mimref.data.pixels import Decoding
@@ -27,7 +28,10 @@ from mimref.errors import ConfigError, DataError
 from mimref.features.config import EncoderPassConfig
 from mimref.features.encode import PassSettings, columns_of
 from mimref.features.encode import extract as extract_features
-from mimref.features.header import eval_transform, resolve_data, with_channels, with_statistics
+from mimref.features.header import completed, eval_transform, resolve_data, with_channels, with_statistics
+
+_TRANSFORM = ("crop_fraction", "mean", "resize", "std")
+"""Settings of the data that change the encoder's transform."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +118,28 @@ def extract(
     """Return pooled features of all images of a split, from one pass of the encoder; write nothing.
 
     data: a value of `--data`, or uint8 images (N, H, W) or (N, 3, H, W); for an encoder with `channels` C, images
-    (N, C, H, W) as uint8, uint16, or floats from 0 to 1. blocks: 1-based; None: the last. pool: `cls`, `mean` or
-    `cls+mean`. A warning names images that cannot be read; they have no row. Raises DataError for unusable images,
-    ConfigError for a block, device or precision that does not exist, and for other values that are not valid.
+    (N, C, H, W) as uint8, uint16, or floats from 0 to 1. A `DataConfig` may also set how images are read, decoded,
+    cropped and normalised; what it leaves open is as in the encoder's header and transform. blocks: 1-based; None: the
+    last. pool: `cls`, `mean` or `cls+mean`. A warning names images that cannot be read; they have no row. Raises
+    DataError for unusable images, ConfigError for a block, device or precision that does not exist, and for other
+    values that are not valid or do not fit the encoder.
     """
     validated(EncoderPassConfig, {"batch_size": batch_size, "workers": workers})
     if split not in get_args(Split):
         raise ConfigError(f"split {split!r}: choose from {', '.join(get_args(Split))}")
     if blocks is not None and (isinstance(blocks, str) or not isinstance(blocks, Iterable)):
         raise ConfigError(f"blocks {blocks!r}: pass a list of numbers, such as [{encoder.model.depth}]")
-    images = _open(data, split, encoder)
+    config = _settings(data, encoder)
+    images = _open(data, config, split, encoder)
+    architecture = encoder.model.architecture
+    if for_images(architecture, images.channels) != architecture:
+        wrong = f"images have {images.channels} channels, but the encoder reads {architecture.channels}"
+        raise ConfigError(f"{wrong}; load it with channels={images.channels}")
     target, home = resolve_device(device), next(encoder.model.parameters()).device
-    max_bad = (data if isinstance(data, DataConfig) else DataConfig()).max_bad
-    dtype = resolve_precision(precision, target)
-    settings = PassSettings(encoder.transform, target, dtype, batch_size, workers, max_bad)
+    dtype, decode_on = resolve_precision(precision, target), decoding_device(config, target)
+    reading = {key: value for key in _TRANSFORM if (value := getattr(config, key)) is not None}
+    transform = replace(encoder.transform, **reading)
+    settings = PassSettings(transform, target, dtype, batch_size, workers, config.max_bad, decode_on)
     depth = encoder.model.depth
     groups = [columns_of([block], pool, final_norm, depth) for block in ([depth] if blocks is None else blocks)]
     columns = [column for group in groups for column in group]
@@ -140,14 +152,20 @@ def extract(
     return ExtractedFeatures(found.stacked(groups), found.y, [images.path(int(index)) for index in found.indices])
 
 
+def _settings(data: str | Path | DataConfig | ImageSource | NDArray[Any], encoder: LoadedEncoder) -> DataConfig:
+    """Return how images are read, with what the encoder provides; the defaults for images that are open already."""
+    if not isinstance(data, str | Path | DataConfig):
+        return DataConfig()
+    config = data if isinstance(data, DataConfig) else DataConfig(spec=str(data))
+    if config.channels is None:
+        config = completed(config, {"channels": encoder.channels})
+    return resolve_data(config, encoder.header)
+
+
 def _open(
-    data: str | Path | DataConfig | ImageSource | NDArray[Any], split: Split, encoder: LoadedEncoder
+    data: str | Path | DataConfig | ImageSource | NDArray[Any], config: DataConfig, split: Split, encoder: LoadedEncoder
 ) -> ImageSource:
     if isinstance(data, str | Path | DataConfig):
-        config = data if isinstance(data, DataConfig) else DataConfig(spec=str(data))
-        config = resolve_data(config, encoder.header)
-        if config.channels is None:
-            config = config.model_copy(update={"channels": encoder.channels})
         source = open_source(config, split)
         for notice in source.notices:
             warnings.warn(notice, stacklevel=3)

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
+
+from mimref.data.masks.sources import Pairs
 
 
 def write_pair(images: Path, masks: Path, name: str, *, classes: int = 3, size: tuple[int, int] = (20, 16)) -> None:
@@ -23,3 +26,9 @@ def write_pairs(root: Path, *, train: int = 12, val: int = 4, classes: int = 3) 
         for number in range(count):
             write_pair(root / split / "images", root / split / "masks", f"{split}{number:02}", classes=classes)
     return root
+
+
+def read_pair(pairs: Pairs, index: int) -> tuple[Tensor, Tensor]:
+    """Return an image, uint8 (3, H, W), and its mask."""
+    decoded, mask = pairs.read(index)
+    return decoded.image.contiguous(), mask

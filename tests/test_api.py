@@ -1,6 +1,8 @@
 """The Python interface against the rooms behind it."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 import mimref
 from mimref.config.base import DataConfig
 from mimref.data.open import open_source
+from mimref.data.transforms import EvalTransform
 from mimref.encoders.checkpoints import save_encoder
 from mimref.encoders.vit import build_encoder
 from mimref.errors import CheckpointError, ConfigError, DataError
@@ -90,6 +93,30 @@ def test_words_that_mean_nothing_are_refused(weights: Path, tmp_path: Path) -> N
     (tmp_path / "000.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"more than data\.max_bad=0"):
         mimref.extract(loaded, DataConfig(spec=str(data), max_bad=0), device="cpu", workers=0)
+
+
+def test_settings_of_the_data_change_how_images_are_read(weights: Path, tmp_path: Path) -> None:
+    data, loaded = str(write_unlabelled(tmp_path)), mimref.load(weights)
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    given = DataConfig(spec=data, crop_fraction=1.0, resize="direct", mean=mean, std=std)
+    found = mimref.extract(loaded, given, device="cpu", workers=0)
+    changed = replace(loaded, transform=EvalTransform(loaded.transform.image_size, 1.0, mean, std, "direct"))
+    assert np.array_equal(found.x, mimref.extract(changed, data, device="cpu", workers=0).x)
+    assert not np.array_equal(found.x, mimref.extract(loaded, data, device="cpu", workers=0).x)
+    wrong: dict[str, Any]
+    for wrong, message in (
+        ({"decode": "device"}, r"data\.decode device needs CUDA"),
+        ({"channels": 5}, "images have 5 channels, but the encoder reads 3; load it with channels=5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            mimref.extract(loaded, DataConfig(spec=data, **wrong), device="cpu", workers=0)
+    many = mimref.load(weights, channels=5, mean=[0.5] * 5, std=[0.5] * 5)
+    for wrong, message in (
+        ({"alpha": "white"}, r"data\.alpha white"),
+        ({"mean": mean, "std": std}, r"data\.mean has 3 values for images of 5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            mimref.extract(many, DataConfig(spec=data, **wrong), device="cpu", workers=0)
 
 
 def test_images_left_out_are_named_and_values_are_checked(weights: Path, tmp_path: Path) -> None:

@@ -51,8 +51,6 @@ def test_unlabelled_splits(tmp_path: Path) -> None:
     ):
         write_splits(tmp_path / name, train=[table(range(3), labels=labels)])
         refused(tmp_path / name, message)
-    write_splits(tmp_path / "d", train=[table(range(3), labels=[0.5, 1, 2], features=None)])
-    refused(tmp_path / "d", "column 'label' holds double")
 
 
 def test_columns_without_images(tmp_path: Path) -> None:
@@ -166,10 +164,17 @@ def test_files_that_lists_name_are_part_of_the_key(tmp_path: Path) -> None:
 )
 def test_types_of_labels(tmp_path: Path, labels: Any, found: list[str] | None) -> None:
     write_parquet(tmp_path / "train.parquet", pa.table({"image": cells([0, 1, 2]), "label": labels}))
-    if found is None:
-        refused(tmp_path, "column 'label' holds")
-    else:
+    if found is not None:
         assert labels_of(opened(tmp_path)) == found
+        return
+    # Labels that nobody chose are left out.
+    source = opened(tmp_path)
+    assert source.labels is None and source.class_names is None
+    assert len(source.notices) == 1 and "no labels are used: column 'label' holds" in source.notices[0]
+    with pytest.raises(DataError, match="no labels, which this command needs; column 'label' holds"):
+        open_source(DataConfig(spec=f"hf:{tmp_path}"), "train", need_labels=True)
+    with pytest.raises(DataError, match="column 'label' holds"):
+        open_source(DataConfig(spec=f"hf:{tmp_path}", label="label"), "train")
 
 
 def test_class_lists_in_two_spellings(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mimref.data.masks.open import open_pairs
 from mimref.data.masks.sources import UNLABELLED, Coding, Pairs, decode_mask
 from mimref.data.sources import Split
 from mimref.errors import Checks, ConfigError, DataError
-from tests.pairs import write_pair, write_pairs
+from tests.pairs import read_pair, write_pair, write_pairs
 
 SPLITS: tuple[Split, ...] = ("train", "val")
 
@@ -63,7 +63,7 @@ def test_folders_with_splits(layout: str, tmp_path: Path) -> None:
         pairs = pairs_of(tmp_path, split)  # type: ignore[arg-type]
         assert len(pairs) == count and not pairs.notices
         for index in range(count):
-            image, mask = pairs.read(index)
+            image, mask = read_pair(pairs, index)
             path = Path(pairs.images.path(index))
             assert torch.equal(image, torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1))
             own = Path(pairs.masks.path(index))
@@ -155,7 +155,7 @@ def test_hugging_face(name: str, tmp_path: Path) -> None:
         plain = pairs_of(tmp_path / "files", split)
         assert len(pairs) == len(plain)
         for index in range(len(plain)):
-            assert all(map(torch.equal, pairs.read(index), plain.read(index)))
+            assert all(map(torch.equal, read_pair(pairs, index), read_pair(plain, index)))
 
 
 def test_train_limit_and_names(tmp_path: Path) -> None:
@@ -268,10 +268,10 @@ def test_mosaics_are_fixed_and_apart() -> None:
     train, again, val = pairs_of("digits"), pairs_of("digits"), pairs_of("digits", "val")
     assert (len(train), len(val)) == (5, 3) and train.fingerprint == again.fingerprint != val.fingerprint
     assert train.class_names == [*map(str, range(10)), "ground"]
-    image, mask = train.read(0)
+    image, mask = read_pair(train, 0)
     assert image.shape == (3, 32, 32) and mask.shape == (32, 32)
     assert torch.equal(image[0], image[1]) and 0 <= int(mask.min()) <= int(mask.max()) == 10
     # Objects cover the ground only with pixels brighter than their threshold.
     assert int(image[0][mask < 10].min()) > 48 and int(image[0][mask == 10].max()) < 160
     more = open_pairs(DataConfig(spec="digits"), MasksConfig(), MosaicsConfig(train=8), "train")
-    assert torch.equal(more.read(4)[0], train.read(4)[0])
+    assert torch.equal(read_pair(more, 4)[0], read_pair(train, 4)[0])

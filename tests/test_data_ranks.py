@@ -3,11 +3,17 @@
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from mimref.config.base import DataConfig
-from mimref.data.loader import view_batches
+from mimref.data.loader import crop_batches, view_batches
 from mimref.data.open import open_source
+from mimref.data.sources import Subset
+from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup
+from mimref.distributed.group import own_rank, world_size
 from tests.ranks import run_ranks
+from tests.tiny import turn, write_images
 from tests.wds_shards import samples, write_shard
 
 BATCH, IMAGES = 10, 37  # 7 per shard, 2 in the last one; the last 7 of an epoch do not fill a batch
@@ -35,6 +41,23 @@ def delivered(spec: str, skip: int, stop: int) -> list[tuple[int, list[int]]]:
 def delivered_in_parts(spec: str) -> list[tuple[int, list[int]]]:
     """The same from loaders that are stopped within the first epoch, and within the second."""
     return [batch for skip, stop in ((0, 2), (2, 5), (5, 6)) for batch in delivered(spec, skip, stop)]
+
+
+def told(folder: str) -> list[str]:
+    """What each rank can report after it has read every other image."""
+    source = open_source(DataConfig(spec=folder), "val")
+    list(crop_batches(source, EvalTransform(4), batch_size=1, start=own_rank(), every=world_size()))
+    source.share_traits()
+    return Subset(source, np.arange(2)).peculiarities()
+
+
+def test_every_rank_knows_what_all_have_read(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", per_class=3)
+    for number in range(3):
+        turn(tmp_path / "images" / "a" / f"{number:03}.png")
+    alone = told(str(tmp_path / "images"))
+    assert alone[0].startswith("3 of 6 images have an EXIF orientation")
+    assert run_ranks(told, 2, tmp_path / "group", str(tmp_path / "images")) == [alone, alone]
 
 
 def test_every_sample_once_per_epoch(tmp_path: Path) -> None:

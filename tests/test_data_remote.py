@@ -142,6 +142,13 @@ def test_a_batch_is_asked_for_at_once_and_shards_are_read_through_once(
     assert opened(spec).fingerprint != source.fingerprint and server.asked
 
 
+def test_no_images_are_no_request(server: Server) -> None:
+    source = opened(f"{server.url}/train/001.tar")
+    server.asked.clear()
+    source.fetch([])
+    assert not server.asked
+
+
 def test_a_server_that_fails_for_a_while_is_asked_again(server: Server) -> None:
     expected = opened(f"{server.url}/{{split}}/{{000..003}}.tar", "val")
     # At most two attempts at a file fail here, and fsspec sends two requests per attempt.

@@ -1,6 +1,7 @@
 """Tables of files: their paths, labels and splits, and what is refused."""
 
 import os
+import re
 import shutil
 import unicodedata
 from pathlib import Path
@@ -131,6 +132,12 @@ def test_validation_labels_alone_number_their_own_classes(file: Path) -> None:
     assert labelled(opened(spec, "val")) == [("b.png", "x"), ("c.png", "y")]
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_list_of_validation_rows_only_is_labelled(file: Path, split: str) -> None:
+    spec = write_table(file, [("b.png", "x", split), ("c.png", "y", split)])
+    assert labelled(opened(spec, "val")) == [("b.png", "x"), ("c.png", "y")]
+
+
 def test_limit_takes_classes_in_turn(file: Path) -> None:
     source = opened(write_table(file, [*ROWS, ("f.png", "dog", "train")]), train_limit=3)
     assert labelled(source) == [("a.png", "dog"), ("c.png", "cat"), ("e.png", "ant")]
@@ -158,7 +165,6 @@ def test_fingerprint_follows_labels_and_files(file: Path) -> None:
         ([("a.png", "x"), ("", "y")], "path,label", "row 2 has no path"),
         ([("https://x.org/a.png",)], "path", "row 1 is an address, not a file; download"),
         ([("file:///tmp/a.png",)], "path", "row 1 has a path that starts with file://"),
-        ([("a.png", 0.5)], "path,label", "neither class names nor whole numbers|holds double; labels are class names"),
         ([("a.png", "x", "val")], "path,label,split", "no row has split train"),
     ],
 )
@@ -166,6 +172,17 @@ def test_wrong_tables(file: Path, rows: list[tuple[Any, ...]], columns: str, mes
     with pytest.raises(DataError, match=message) as caught:
         opened(write_table(file, rows, columns))
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"--data list:{file}: ")
+
+
+def test_labels_that_nobody_chose_and_nothing_can_use_are_left_out(file: Path) -> None:
+    spec = write_table(file, [("a.png", 0.5), ("b.png", 1.0)], "path,label")
+    source, reason = opened(spec), r"column 'label' holds .*; labels are|column 'label' .*, which are neither"
+    assert source.labels is None and source.class_names is None
+    assert len(source.notices) == 1 and re.search(f"list:{file}: no labels are used: {reason}", source.notices[0])
+    with pytest.raises(DataError, match=f"no labels, which this command needs; ({reason})"):
+        open_source(DataConfig(spec=spec), "train", need_labels=True)
+    with pytest.raises(DataError, match=reason):
+        opened(spec, label="label")
 
 
 def test_classes_and_splits_that_do_not_meet(file: Path) -> None:

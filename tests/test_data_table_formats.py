@@ -91,6 +91,13 @@ def test_quoted_cells_after_blanks(tmp_path: Path) -> None:
     touch(tmp_path, "a, b.png")
     spec = written(tmp_path, b'path, label\n"a, b.png", "dog, ""big"""\nb.png, cat\n')
     assert labelled(opened(spec)) == [("a, b.png", 'dog, "big"'), ("b.png", "cat")]
+    spec = written(tmp_path, b'"path" , "note","label"\n"b.png","5"" by\n4 , "" ", "cat"  \na.png,5" by 4,dog\n')
+    assert labelled(opened(spec)) == [("b.png", "cat"), ("a.png", "dog")]
+
+
+def test_a_cell_may_be_longer_than_the_csv_module_allows(tmp_path: Path) -> None:
+    spec = written(tmp_path, b'path, note,label\na.png, "' + b"x" * 200_000 + b'",cat\n')
+    assert labelled(opened(spec)) == [("a.png", "cat")]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +107,9 @@ def test_quoted_cells_after_blanks(tmp_path: Path) -> None:
         ("images.csv", b"PK\3\4" + bytes(99), r"a spreadsheet in spite of its name; save it as CSV"),
         ("images.csv", b"path,label\na.png,x,\x00\x1b[31m\n", "cannot be read"),
         ("images.csv", b"file,class\na.png,x\n", r"--set data\.image=COLUMN"),
+        ("images.csv", b'path,label\na.png, x\nb.png, "y\nc.png, z\n', "line 3 has a quote that nothing closes"),
+        ("images.csv", b'sep=,\npath,label\na.png,"x\nb.png,y\n', "line 3 has a quote that nothing closes"),
+        ("images.csv", b'path,label\na.png,"x\nb.png,"y"\n', "line 2 has .* text after a quoted cell"),
     ],
 )
 def test_refusals_are_one_line_without_raw_bytes(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -99,9 +99,32 @@ def test_labels_that_settings_name(tmp_path: Path) -> None:
         open_source(DataConfig(spec=f"wds:{shard}"), "train", need_labels=True)
     assert labels_of(opened(shard, label="txt")) == ["cat", "dog"]
     assert labels_of(opened(shard, label="meta.json")) == ["5", "6"]
+    for wrong, near in (("text", "; did you mean 'txt'?"), ("cls", "")):
+        with pytest.raises(DataError) as caught:
+            opened(shard, label=wrong)
+        wanted = f"no image has a label in a member .{wrong}, which data.label names{near} (other members: "
+        assert wanted in str(caught.value)
     write_shard(tmp_path / "b.tar", [*members, ("2.png", png(2))])
     with pytest.raises(DataError, match=r"b\.tar/2\.png has no \.txt, although other images have"):
         opened(tmp_path / "b.tar", label="txt")
+
+
+def test_labels_that_nobody_chose_and_nothing_can_use_are_left_out(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "a.tar", [("a.png", png()), ("a.json", b'{"label": [1]}')])
+    source = opened(shard)
+    assert source.labels is None
+    assert source.notices == [f"{shard}: 1 file is not used: 1 label of a wrong type"]
+    with pytest.raises(DataError, match=r"a\.tar/a\.json: label \[1\] is neither a whole number nor a class name"):
+        opened(shard, label="json")
+
+
+def test_validation_without_the_chosen_labels_is_unlabelled(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train" / "a.tar", [("0.png", png()), ("0.txt", b"x")])
+    write_shard(tmp_path / "val" / "a.tar", [("0.png", png())])
+    assert labels_of(opened(tmp_path, label="txt")) == ["x"]
+    assert opened(tmp_path, "val", label="txt").labels is None
+    with pytest.raises(DataError, match=r"no image has a label in a member \.cls"):
+        opened(tmp_path, "val", label="cls")
 
 
 def test_a_table_beside_a_label_is_not_read(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from mimref.api import extract, load
 from mimref.cli import run
 from mimref.config.base import DataConfig
 from mimref.data.open import open_source
+from mimref.data.pixels import Decoding
 from mimref.data.sources import ImageSource, Split
 from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint, save_encoder
-from mimref.encoders.vit import Encoder
-from mimref.errors import CheckpointError, DataError, UserErrors
+from mimref.encoders.vit import Encoder, build_encoder
+from mimref.errors import CheckpointError, Checks, ConfigError, DataError, UserErrors
 from mimref.evaluation.cluster.config import ClusterConfig
 from mimref.evaluation.cluster.protocol import evaluate_cluster
 from mimref.evaluation.config import InterpolateConfig
@@ -31,14 +33,17 @@ from mimref.evaluation.metrics import name_classes
 from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
 from mimref.evaluation.probe.protocol import evaluate_probe
 from mimref.features import opening
-from mimref.features.config import CacheConfig
-from mimref.features.header import data_record, resolve_data
+from mimref.features.config import CacheConfig, EncoderPassConfig
+from mimref.features.header import data_record, resolve_data, shared_data, with_channels
+from mimref.features.inputs import EncoderInputs
+from mimref.features.opening import open_encoders
 from mimref.pretraining.run import pretrain
+from mimref.progress import Silent
 from mimref.refinement.plan import make_plan
 from mimref.reports.figures import plot_embedding
 from mimref.results import EvaluationResult, frame
 from tests.test_evaluation_run import Recorder
-from tests.tiny import pretrain_config, refine_config, write_images
+from tests.tiny import ARCHITECTURE, pretrain_config, refine_config, write_images
 
 CLASSES = "abcd"
 
@@ -177,6 +182,62 @@ def test_headers_record_how_images_were_decoded() -> None:
     assert resolve_data(DataConfig(spec="digits", alpha="drop"), header).alpha == "drop"
     with pytest.raises(CheckpointError, match=r"data\.alpha"):
         resolve_data(DataConfig(spec="digits"), {"data": {"alpha": 3}})
+
+
+def test_alpha_and_other_channels_exclude_each_other_wherever_they_come_from() -> None:
+    digits = DataConfig(spec="digits")
+    with pytest.raises(ConfigError, match=r"data\.alpha white .* data\.channels is 5; omit data\.alpha"):
+        resolve_data(digits.model_copy(update={"alpha": "white"}), {"data": {"channels": 5}})
+    with pytest.raises(ConfigError, match=r"data\.alpha white .* data\.channels is 5; omit data\.alpha"):
+        with_channels(digits.model_copy(update={"alpha": "white"}), replace(ARCHITECTURE, channels=5))
+    # A recorded alpha is for the colour images of then.
+    found = resolve_data(DataConfig(spec="digits", channels=5), {"data": {"alpha": "white", "orientation": "exif"}})
+    assert (found.alpha, found.orientation, found.channels) == (None, "exif", 5)
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.lines.append(message)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_encoders_see_the_same_images_in_any_order(tmp_path: Path, order: tuple[int, ...]) -> None:
+    for split in ("train", "val"):
+        data = write_images(tmp_path / "images", per_class=1, split=split)
+    records: list[Any] = [{}, {"spec": str(data), "orientation": "exif"}, {"orientation": "exif", "range": "image"}]
+    files = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for file, record in zip(files, records, strict=True):
+        save_encoder(file, build_encoder(ARCHITECTURE), {"source": "mae", "data": record})
+    checkpoints = [str(files[number]) for number in order]
+    config, heard = EncoderPassConfig(device="cpu", workers=0), Notes()
+    opened = open_encoders(config, checkpoints, heard, Checks(), "checkpoints", need_labels=False)
+    for each in opened:
+        assert isinstance(each.inputs, EncoderInputs)
+        assert each.inputs.data == DataConfig(spec=str(data), orientation="exif", range="image")
+        assert each.sources["val"].decoding == Decoding(orientation="exif", range="image")
+    (line,) = [line for line in heard.lines if "differ" in line]
+    assert "data.orientation=exif, data.range=image" in line
+    # What the user sets does not differ.
+    heard.lines.clear()
+    asked = config.model_copy(update={"data": DataConfig(orientation="file", range="type")})
+    opened = open_encoders(asked, checkpoints, heard, Checks(), "checkpoints", need_labels=False)
+    assert {each.sources["val"].decoding for each in opened} == {Decoding()}
+    assert not [line for line in heard.lines if "differ" in line]
+
+
+def test_headers_that_agree_are_followed_without_a_notice() -> None:
+    same = {"data": {"orientation": "exif", "range": "type"}}
+    data, differing = shared_data(DataConfig(spec="digits"), [same, {"data": {"orientation": "exif"}}])
+    assert (data.orientation, data.range, differing) == ("exif", "type", [])
+    first, second = {"data": {"alpha": "white"}}, {"data": {"alpha": "black"}}
+    data, differing = shared_data(DataConfig(spec="digits"), [{}, first, second])
+    assert (data.alpha, differing) == ("white", ["data.alpha=white"])
+    data, differing = shared_data(DataConfig(spec="digits"), [first, {"data": {"channels": 2}}])
+    assert (data.alpha, data.channels, differing) == (None, 2, ["data.channels=2"])
+    assert shared_data(DataConfig(), [{}, {"data": 3}]) == (DataConfig(), [])
 
 
 # --- training

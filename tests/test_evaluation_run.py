@@ -25,8 +25,13 @@ from mimref.evaluation.compare import compare_encoders
 from mimref.evaluation.config import CompareConfig
 from mimref.evaluation.knn.config import KnnConfig
 from mimref.evaluation.knn.protocol import evaluate_knn, knn
+from mimref.evaluation.lowshot.config import LowshotConfig
+from mimref.evaluation.lowshot.protocol import evaluate_lowshot
+from mimref.evaluation.probe.config import ProbeConfig, ProbeTrainingConfig
+from mimref.evaluation.probe.protocol import evaluate_probe
 from mimref.features.encode import PassSettings, block_groups, columns_of, extract
 from mimref.features.inputs import model_name
+from mimref.results import Row
 from tests.tiny import write_images, write_labelled, write_unlabelled
 
 TINY = Architecture("custom", 8, width=16, depth=5, num_heads=2, patch_size=4)
@@ -278,6 +283,49 @@ def test_data_that_do_not_fit(own: Path, tmp_path: Path) -> None:
         write_images(many, per_class=2, classes=("a", "b", "c"), split=split)
     with pytest.raises(DataError, match=r"^test: class c has no training image"):
         evaluate_knn(config(own, data=DataConfig(spec=str(many), train_limit=2), k=[1]))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DataConfig]:
+    """VTAB-1K as published, whose test images have a class without training images, and without that class."""
+    found: dict[str, DataConfig] = {}
+    for name, classes in (("lacking", "abc"), ("complete", "ab")):
+        root = tmp_path_factory.mktemp(name)
+        folder = root / "sun397"
+        for part, of_part in (("train800val200", "ab"), ("test", classes)):
+            write_images(folder, per_class=3 if part == "test" else 12, classes=of_part, split=part)
+            images = sorted((folder / part).rglob("*.png"))
+            lines = [f"{image.relative_to(folder)} {'abc'.index(image.parent.name)}\n" for image in images]
+            (folder / f"{part}.txt").write_text("".join(lines))
+        found[name] = DataConfig(spec="vtab1k:sun397", root=str(root))
+    return found
+
+
+@pytest.mark.parametrize("protocol", ["knn", "lowshot", "probe", "streamed", "compare", "blocks"])
+def test_classes_that_published_splits_lack_are_errors(
+    protocol: str, own: Path, published: dict[str, DataConfig]
+) -> None:
+    def rows(data: DataConfig) -> list[Row]:
+        common: dict[str, Any] = {"data": data, "device": "cpu", "workers": 0}
+        one: dict[str, Any] = {"checkpoint": str(own), **common}
+        if protocol == "knn":
+            return evaluate_knn(KnnConfig(**one, k=[3, 1], retrieval=True, recall_at=[1, 2])).rows
+        if protocol == "lowshot":
+            return evaluate_lowshot(LowshotConfig(**one, shots=[2], splits=1)).rows
+        if protocol in ("probe", "streamed"):
+            training = ProbeTrainingConfig(epochs=2, lr=[0.1], blocks="last")
+            return evaluate_probe(ProbeConfig(**one, probe=training, cached=protocol == "probe")).rows
+        if protocol == "compare":
+            return compare_encoders(
+                CompareConfig(**common, base=str(own), refined=["peak"], protocols=["knn"], k=3)
+            ).rows
+        found = evaluate_blocks(BlocksConfig(**common, checkpoints=[str(own)], k=3)).rows
+        return [row for row in found if row["metric"] == "block_knn_top1"]
+
+    lacking, complete = rows(published["lacking"]), rows(published["complete"])
+    assert len(lacking) == len(complete) > 0
+    for row, other in zip(lacking, complete, strict=True):
+        assert float(row["value"]) == pytest.approx(float(other["value"]) * 2 / 3), row
 
 
 def test_files_without_a_record_of_their_data(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Complete fine-tunings: resumption equals an uninterrupted run; splits, results, and what cannot be fine-tuned."""
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mimref.transfer.finetune.plan import make_plan
 from mimref.transfer.finetune.run import finetune
 from tests.tiny import (
     Killed,
+    Watcher,
     assert_same_run,
     finetune_config,
     header,
@@ -34,6 +36,7 @@ from tests.tiny import (
     results,
     saved_step,
     signal_at,
+    turn,
     write_images,
     write_labelled,
     write_weights,
@@ -256,11 +259,18 @@ def test_unreadable_images_are_left_out_and_told(folder: Path, tmp_path: Path) -
     finetune(finetune_config(folder / "encoder.safetensors", data), tmp_path / "out")
     assert [each["path"] for each in results(tmp_path / "out")["bad_images"]] == [str(path) for path in bad]
     # Each split may have as many as data.max_bad allows, also after a resume.
+    for split in ("train", "val"):
+        turn(data / split / "a" / "000.png")
     config = finetune_config(folder / "encoder.safetensors", data, data__max_bad=1)
+    first, second = signal_at(5, what="fine-tuning"), Watcher()
     with pytest.raises(Interrupted):
-        finetune(config, tmp_path / "one each", listener=signal_at(5, what="fine-tuning"))
-    finetune(config, tmp_path / "one each", resume=True)
+        finetune(config, tmp_path / "one each", listener=first)
+    finetune(config, tmp_path / "one each", resume=True, listener=second)
     assert results(tmp_path / "one each")["bad_images"] == results(tmp_path / "out")["bad_images"]
+    # Peculiar images are reported once, also over a resume.
+    lines = [line for line in first.warnings + second.warnings if "EXIF orientation" in line]
+    assert len(lines) == 2 and re.match("1 of [0-9]+ training images", lines[0])
+    assert lines[1].startswith("1 of 15 validation images")
 
 
 # --- what cannot be fine-tuned

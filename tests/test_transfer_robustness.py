@@ -18,13 +18,15 @@ from mimref.encoders.vit import Architecture, build_encoder
 from mimref.errors import UserError, UserErrors
 from mimref.results import Row, main_rows
 from mimref.transfer.finetune.classify import Scores
+from mimref.transfer.finetune.config import PredictConfig
+from mimref.transfer.finetune.predict import predict
 from mimref.transfer.robustness.config import RobustnessConfig
 from mimref.transfer.robustness.corruptions import ALEXNET_ERRORS, CORRUPTIONS, corruption_names
 from mimref.transfer.robustness.protocol import evaluate_robustness
 from mimref.transfer.robustness.scores import score_rows
 from mimref.transfer.robustness.sets import match_classes
 from tests.ranks import run_ranks
-from tests.tiny import ARCHITECTURE, Watcher, write_images
+from tests.tiny import ARCHITECTURE, Watcher, turn, write_images
 
 CLASSES = ("a", "b", "c", "d", "e", "f")
 # Error rates of AlexNet at severities 1 to 5: facebookresearch/dinov3, dinov3/eval/metrics/imagenet_c.py.
@@ -365,6 +367,25 @@ def test_the_limit_on_unreadable_images_is_that_of_all_ranks(folder: Path, monke
     assert evaluate_robustness(config(folder, shifted=shifted, data={"max_bad": 2})).bad_images == bad
     (line,) = errors_of(config(folder, shifted=shifted, data={"max_bad": 1}))
     assert "2 images" in line and "data.max_bad=1" in line
+
+
+def test_peculiar_images_of_every_set_are_reported(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "some", tmp_path / "some")
+    turn(tmp_path / "some" / "b" / "3.png")
+    write_imagenet_c(tmp_path / "c", ("fog", "snow"))
+    for severity in range(1, 6):
+        turn(tmp_path / "c" / "fog" / str(severity) / "a" / "0.png")
+    heard = Watcher()
+    evaluate_robustness(
+        config(folder, shifted=[str(tmp_path / "some")], imagenet_c=str(tmp_path / "c")), listener=heard
+    )
+    lines = [line for line in heard.warnings if "EXIF orientation" in line]
+    assert len(lines) == 2 and {line[:20] for line in lines} == {"1 of 24 images of /t", "1 of 12 images of im"}
+    predicting = PredictConfig.model_validate(
+        {"checkpoint": str(folder / "c.safetensors"), "data": {"spec": str(tmp_path / "some")}, "workers": 0}
+    )
+    predict(predicting, out=tmp_path / "labels.csv", listener=heard)
+    assert heard.warnings[-1].startswith("1 of 24 images have an EXIF orientation")
 
 
 def test_an_unreadable_image_is_reported_and_not_counted(folder: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from mimref.transfer.segment.heads import HeadInput, HeadsTrainer, SegmentationH
 from mimref.transfer.segment.linear import HeadsJob, schedule
 from mimref.transfer.segment.run import _data
 from mimref.transfer.segment.tokens import PatchTokens, head_inputs, paper_blocks
-from tests.pairs import write_pairs
+from tests.pairs import read_pair, write_pairs
 from tests.test_data_masks import checked
 from tests.tiny import ARCHITECTURE
 from tests.watch import META, distant
@@ -251,7 +251,7 @@ def test_heads_learn_colours(tmp_path: Path) -> None:
     pairs = checked(write_pairs(tmp_path))[0]["train"]
     trained = job(pairs, **{"training.updates": 40, "training.lr": [5.0], "crops.scale": [1.0, 1.0]})
     trained.run("weights", None)
-    image, mask = (part[..., :16, :16] for part in pairs.read(0))
+    image, mask = (part[..., :16, :16] for part in read_pair(pairs, 0))
     scores = trained.scores(trained.reading.transform.normalize(image[None].contiguous()))
     assert scores.shape == (2, 1, 3, 2, 2)
     # The class of each of the four patches is that of most of its pixels.

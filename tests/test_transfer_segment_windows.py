@@ -23,7 +23,7 @@ from mimref.transfer.segment.metrics import class_ious, class_rows, confusions, 
 from mimref.transfer.segment.tokens import PatchTokens
 from mimref.transfer.segment.transforms import View, view_of
 from mimref.transfer.segment.windows import Viewing, evaluate_images, score_views, window_corners
-from tests.pairs import write_pairs
+from tests.pairs import read_pair, write_pairs
 from tests.test_data_masks import checked
 from tests.tiny import ARCHITECTURE
 
@@ -142,7 +142,7 @@ def test_a_whole_set_equals_a_loop(mode: TestMode, tmp_path: Path) -> None:
     found = evaluate_images(pairs, patch_scores, 2, READING, viewing)
     truth, predicted = [], [[], []]  # type: ignore[var-annotated]
     for number in range(len(pairs)):
-        seen = view_of(number, *pairs.read(number), SIZE, mode)
+        seen = view_of(number, *read_pair(pairs, number), SIZE, mode)
         (scored,) = (torch.cat(list(each)) for each in score_views([seen], patch_scores, READING, viewing))
         truth.append(seen.mask.flatten())
         for head in range(2):
@@ -196,7 +196,7 @@ def test_memory_and_votes_equal_loops(mode: TestMode, tmp_path: Path) -> None:
     memory.fill()
     x, shares = [], []
     for number in range(12):
-        seen = view_of(number, *found["train"].read(number), SIZE, mode)
+        seen = view_of(number, *read_pair(found["train"], number), SIZE, mode)
         images = READING.transform.normalize(seen.image[None])
         for top, left in window_corners(*seen.image.shape[1:], SIZE, 10):
             window = (..., slice(top, top + SIZE), slice(left, left + SIZE))
@@ -207,7 +207,7 @@ def test_memory_and_votes_equal_loops(mode: TestMode, tmp_path: Path) -> None:
                 shares.append(torch.bincount(pixels, minlength=3) / 64)
     torch.testing.assert_close(torch.from_numpy(memory.x), torch.cat(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(memory.shares, torch.stack(shares))
-    image = READING.transform.normalize(view_of(0, *found["val"].read(0), SIZE, "crop").image[None])
+    image = READING.transform.normalize(view_of(0, *read_pair(found["val"], 0), SIZE, "crop").image[None])
     query = F.normalize(encoder.blocks(image, [3])[0][0, 1:].detach().double(), dim=1)
     similarity = query @ F.normalize(torch.from_numpy(memory.x).double(), dim=1).T
     votes = memory.scores(image)

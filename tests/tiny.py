@@ -37,6 +37,15 @@ def write_images(
     return folder
 
 
+def turn(path: Path) -> None:
+    """Give an image an EXIF orientation."""
+    with Image.open(path) as image:
+        image.load()
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(path, exif=exif)
+
+
 def write_labelled(folder: Path) -> Path:
     """Write 48 training and 16 validation images of two classes."""
     write_images(folder, per_class=24, split="train")

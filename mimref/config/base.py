@@ -157,7 +157,8 @@ class DataConfig(Section):
                         f"data.{name} has {len(values)} values for images of {wanted} channels; set data.channels too"
                     )
         if self.channels is not None and self.alpha not in (None, "drop"):
-            raise ValueError(f"data.alpha {self.alpha} produces colour images; omit it with data.channels")
+            wrong = f"data.alpha {self.alpha} produces colour images, but data.channels is {self.channels}"
+            raise ValueError(f"{wrong}; omit data.alpha")
         return self
 
 

@@ -17,6 +17,10 @@ Indices = NDArray[np.int64]
 _WHOLE = re.compile("0|-?[1-9][0-9]*")
 
 
+class UnusableLabelsError(DataError):
+    """Labels of a type that cannot name classes."""
+
+
 def class_name(text: str) -> str:
     """Return a label in composed Unicode (NFC): macOS decomposes folder names, which then look the same but differ."""
     return unicodedata.normalize("NFC", text)

@@ -20,6 +20,8 @@ from mimref.data.labels import Indices, fixed_choice
 from mimref.data.pixels import USUAL, Decoding
 from mimref.data.traits import READ
 from mimref.data.traits import notices as trait_notices
+from mimref.distributed.collectives import gather_lists
+from mimref.distributed.group import world_size
 from mimref.errors import DataError
 
 Split = Literal["train", "val"]
@@ -96,6 +98,12 @@ class ImageSource(ABC):
         if self._traits is None:
             self._traits = np.zeros(len(self), dtype=np.uint8)
         self._traits[indices] |= np.array(traits, dtype=np.uint8) | READ
+
+    def share_traits(self) -> None:
+        """Record what every rank has recorded; call this on all ranks."""
+        if world_size() > 1:
+            own = np.zeros(len(self), dtype=np.uint8) if self._traits is None else self._traits
+            self._traits = np.bitwise_or.reduce(gather_lists([own]))
 
     def peculiarities(self, what: str = "images") -> list[str]:
         """Return a line for each peculiarity of the images read so far. what: name of these images."""
@@ -292,7 +300,7 @@ class Subset(ImageSource):
     def __init__(self, source: ImageSource, rows: Indices) -> None:
         self.source, self.rows = source, rows
         self.name, self.in_memory, self.class_names = source.name, source.in_memory, source.class_names
-        self.decoding = source.decoding
+        self.decoding, self.lacks_classes = source.decoding, source.lacks_classes
         self.labels = None if source.labels is None else source.labels[rows]
 
     @property
@@ -322,6 +330,10 @@ class Subset(ImageSource):
     def record(self, indices: Sequence[int], traits: Sequence[int]) -> None:
         """See `ImageSource`."""
         self.source.record(self.rows[indices].tolist(), traits)
+
+    def share_traits(self) -> None:
+        """See `ImageSource`."""
+        self.source.share_traits()
 
     def peculiarities(self, what: str = "images") -> list[str]:
         """Return the peculiarities of the whole source."""

@@ -18,7 +18,14 @@ from mimref.evaluation.config import CompareConfig
 from mimref.evaluation.exhibits.collect import Exhibition, IllustratedResult, Voting
 from mimref.evaluation.knn.protocol import check_neighbours, knn
 from mimref.evaluation.lowshot.protocol import check_shots, default_splits, load_solver, lowshot
-from mimref.evaluation.metrics import check_labels, labelled, number_classes, number_labels
+from mimref.evaluation.metrics import (
+    check_labels,
+    labelled,
+    labelled_pair,
+    number_classes,
+    number_labels,
+    unseen_marked,
+)
 from mimref.evaluation.probe.grid import check_held_out
 from mimref.evaluation.probe.protocol import input_columns, probe_features
 from mimref.features.encode import PIXELS, Column, Features, PassSettings, extract, raw_pixels
@@ -41,16 +48,17 @@ def measure(
 
     For `cluster`, also return the best run.
     """
-    train, test = (labelled(features, columns) for features in pair)
     if protocol == "cluster":
         report = partial(progress, f"k-means of {model}")
+        test = labelled(pair[1], columns)
         return cluster_and_best(*test, metrics=config.metrics, runs=config.runs, seed=config.seed, progress=report)
+    images = labelled_pair(*pair, columns)
     if protocol == "knn":
         report = partial(progress, f"nearest neighbours of {model}")
-        return knn(*train, *test, k=[config.k], tau=[config.tau], device=config.device, progress=report), None
+        return knn(*images, k=[config.k], tau=[config.tau], device=config.device, progress=report), None
     report = partial(progress, f"low-shot of {model}")
-    splits = config.splits or default_splits(len(train[0]))
-    return lowshot(*train, *test, shots=config.shots, splits=splits, seed=config.seed, progress=report), None
+    splits = config.splits or default_splits(len(pair[0]))
+    return lowshot(*images, shots=config.shots, splits=splits, seed=config.seed, progress=report), None
 
 
 def exhibit(
@@ -74,8 +82,8 @@ def compare_encoders(
 ) -> IllustratedResult:
     """Return rows of every protocol for the base, then the other encoders; one encoder pass per split and encoder.
 
-    All encoders are measured on the same draws, runs and images: those of `config.data`, else those that the base's
-    header records. exhibits: also collect the images that a report shows.
+    All encoders are measured on the same draws, runs and images: those of `config.data`, else those of the first header
+    that records some. exhibits: also collect the images that a report shows.
     Raises UserError subclasses, before any encoder runs, for checkpoints or images that do not fit.
     """
     started, listener, checks = time.monotonic(), listener or Silent(), checks or Checks()
@@ -148,7 +156,8 @@ def labelled_splits(
     if test is None or test.labels is None:
         test = open_source(data, "val", need_labels=True)
     assert train.labels is not None and test.labels is not None
-    number_labels(train.labels, test.labels, train.class_names)
+    test_y = unseen_marked(train.labels, test.labels, lacks_classes=test.lacks_classes)
+    number_labels(train.labels, test_y, train.class_names)
     return train, test
 
 

@@ -14,6 +14,8 @@ from mimref.features.matrix import Labels, Matrix
 from mimref.features.opening import Opened
 from mimref.results import Row
 
+UNSEEN = int(np.iinfo(np.int64).min)
+"""Label of test images whose class has no training images: every prediction is wrong."""
 # Values per block when an array is read in pieces: 32 MB in float64.
 BLOCK_ELEMENTS = 1 << 22
 # Relative rounding error of the features of equal images: an encoder's products accumulate many roundings.
@@ -106,13 +108,19 @@ def check_splits(train_x: Matrix, train_y: Labels, test_x: Matrix, test_y: Label
 def number_labels(train_y: Labels, test_y: Labels, names: Sequence[str] | None = None) -> tuple[Labels, Labels, Labels]:
     """Return the training classes (C,), ascending, and the labels of both splits as positions in them, 0 to C-1.
 
-    names: see `name_classes`. Raises DataError for a single class, and for a test class without training images.
+    `UNSEEN` becomes C. names: see `name_classes`. Raises DataError for a single class, and for another test class
+    without training images.
     """
     classes, train = number_classes(train_y, "train", names)
-    missing = np.setdiff1d(test_y, classes)
+    missing = np.setdiff1d(test_y, [*classes, UNSEEN])
     if len(missing):
         raise DataError(f"test: class {show_class(missing[0], names)} has no training image; add some or leave it out")
-    return classes, train, np.searchsorted(classes, test_y)
+    return classes, train, np.where(np.equal(test_y, UNSEEN), len(classes), np.searchsorted(classes, test_y))
+
+
+def unseen_marked(train_y: Labels, test_y: Labels, *, lacks_classes: bool) -> Labels:
+    """Return the test labels, with `UNSEEN` for classes without training images if the published splits lack them."""
+    return np.where(np.isin(test_y, train_y), test_y, UNSEEN) if lacks_classes else test_y
 
 
 def number_classes(y: Labels, name: str, names: Sequence[str] | None = None) -> tuple[Labels, Labels]:
@@ -131,7 +139,9 @@ def check_labels(opened: Opened, checks: Checks) -> Labels | None:
     """Check the training and validation labels as `number_labels` does, and return the training labels."""
     train_y, test_y = opened.labels("train"), opened.labels("val")
     if train_y is not None and test_y is not None:
-        checks.run("data.spec", lambda: number_labels(train_y, test_y, opened.class_names("train")))
+        lacks_classes = "val" in opened.sources and opened.sources["val"].lacks_classes
+        marked_y = unseen_marked(train_y, test_y, lacks_classes=lacks_classes)
+        checks.run("data.spec", lambda: number_labels(train_y, marked_y, opened.class_names("train")))
     return train_y
 
 
@@ -158,6 +168,12 @@ def labelled(features: Features, columns: Sequence[Column]) -> tuple[Matrix, Lab
     """Return the features (N, D) of labelled images, and the labels (N,)."""
     assert features.y is not None
     return features.matrix(columns), features.y
+
+
+def labelled_pair(train: Features, test: Features, columns: Sequence[Column]) -> tuple[Matrix, Labels, Matrix, Labels]:
+    """Return features and labels of the training images, then of the test images, see `unseen_marked`."""
+    (train_x, train_y), (test_x, test_y) = labelled(train, columns), labelled(test, columns)
+    return train_x, train_y, test_x, unseen_marked(train_y, test_y, lacks_classes=test.lacks_classes)
 
 
 def progress_label(work: str, where: Row) -> str:

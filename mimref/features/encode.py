@@ -64,6 +64,8 @@ class Features:
     """(N,) labels; None for unlabelled images."""
     class_names: list[str] | None = None
     """Names of labels 0, 1, ..., if they have any."""
+    lacks_classes: bool = False
+    """See `ImageSource`."""
     bad: list[tuple[str, str]] = field(default_factory=list)
     """Path and reason for every image left out."""
     notices: list[str] = field(default_factory=list)
@@ -327,5 +329,5 @@ def raw_pixels(source: ImageSource, settings: PassSettings) -> Features:
 def labelled(features: Features, source: ImageSource) -> Features:
     """Add the labels of the images to the features, if there are any."""
     features.y = None if source.labels is None else source.labels[features.indices]
-    features.class_names = source.class_names
+    features.class_names, features.lacks_classes = source.class_names, source.lacks_classes
     return features

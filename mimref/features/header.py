@@ -1,14 +1,16 @@
 """Data and transform recorded in a checkpoint's header, for settings that the user leaves open."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import ValidationError
 
 from mimref.config.base import DataConfig
+from mimref.config.load import validated
 from mimref.data.open import ACCEPTED, absolute_spec
-from mimref.data.pixels import DECODING
+from mimref.data.pixels import DECODING, USUAL
 from mimref.data.sources import ImageSource
 from mimref.data.statistics import channel_statistics
 from mimref.data.transforms import EvalTransform, PerChannel
@@ -24,7 +26,8 @@ def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
     """Return `data` if it names images, else the images that the header records, with the recorded decoding.
 
     Individual values set by the user override the recorded ones. Raises ConfigError asking for --data when neither
-    names images, CheckpointError when the record is not valid.
+    names images, and for values set by the user that do not fit the recorded ones, CheckpointError when the record is
+    not valid.
     """
     recorded = header.get("data") or {}
     keys = DECODING if data.spec is not None else (*_IMAGES, *_COLUMNS, *DECODING)
@@ -40,14 +43,53 @@ def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
         raise CheckpointError(f"the checkpoint's record of its data, {recorded!r}, is not valid; {advice}") from error
     if data.spec is None and known.spec is None:
         raise ConfigError(f"no images: pass --data ({ACCEPTED})")
-    return data.model_copy(update={key: getattr(known, key) for key in missing})
+    found = {key: getattr(known, key) for key in missing}
+    if data.channels is not None and "alpha" in found:
+        found["alpha"] = None  # recorded for colour images
+    return completed(data, found)
+
+
+def shared_data(data: DataConfig, headers: Sequence[Mapping[str, Any]]) -> tuple[DataConfig, list[str]]:
+    """Return settings with which several encoders see the same images, and those in which the headers differ.
+
+    What `data` leaves open is what a header records, the first one if they differ; so are the images. Raises UserError
+    subclasses like `resolve_data`, but not if nothing names images.
+    """
+    records = [record if isinstance(record := header.get("data"), Mapping) else {} for header in headers]
+    named = next((record for record in records if record.get("spec") is not None), {})
+    decoding: dict[str, Any] = {}
+    for key in DECODING:
+        if (value := next(filter(None, (record.get(key) for record in records)), None)) is not None:
+            decoding[key] = value
+    if data.channels is not None or "channels" in decoding:
+        decoding.pop("alpha", None)  # recorded for colour images
+    usual = asdict(USUAL)
+    differing = [
+        f"data.{key}={value}"
+        for key, value in decoding.items()
+        if getattr(data, key) is None and any((record.get(key) or usual[key]) != value for record in records)
+    ]
+    if data.spec is None and not named:
+        return data, []
+    images = {key: named[key] for key in (*_IMAGES, *_COLUMNS) if key in named}
+    return resolve_data(data, {"data": images | decoding}), differing
+
+
+def completed(data: DataConfig, found: Mapping[str, Any]) -> DataConfig:
+    """Return the settings with values that they leave open. Raises ConfigError if both do not fit together."""
+    updated = data.model_copy(update=found)
+    validated(DataConfig, updated.model_dump())
+    return updated
 
 
 def with_channels(data: DataConfig, architecture: EncoderArchitecture) -> DataConfig:
-    """Return the settings, with the encoder's number of channels if that is not 1 or 3 and they do not set any."""
+    """Return the settings, with the encoder's number of channels if that is not 1 or 3 and they do not set any.
+
+    Raises ConfigError if other settings do not fit this number.
+    """
     if data.channels is not None or architecture.channels in (1, 3):
         return data
-    return data.model_copy(update={"channels": architecture.channels})
+    return completed(data, {"channels": architecture.channels})
 
 
 def with_statistics(

@@ -23,7 +23,7 @@ from mimref.distributed.group import own_rank, without_group, world_size
 from mimref.distributed.turns import end_requests, request, requests, take_turns
 from mimref.encoders.backbones import BackboneArchitecture, TokenEncoder
 from mimref.encoders.channels import for_images
-from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
+from mimref.encoders.checkpoints import Checkpoint, choose_architecture, encoder_from, read_checkpoint
 from mimref.encoders.vit import Architecture
 from mimref.errors import Checks, ConfigError
 from mimref.features.cache.contents import feature_folder
@@ -59,11 +59,18 @@ class EncoderInputs:
     """
 
     def __init__(
-        self, config: EncoderPassConfig, checkpoint: str, listener: Listener, *, need_labels: bool = True
+        self,
+        config: EncoderPassConfig,
+        checkpoint: str,
+        listener: Listener,
+        *,
+        need_labels: bool = True,
+        read: Checkpoint | None = None,
     ) -> None:
+        """read: the checkpoint, if it has been read already."""
         self.config, self.listener, self.need_labels = config, listener, need_labels
         self.name = model_name(checkpoint)
-        self.checkpoint = read_checkpoint(checkpoint, config.encoder, progress=listener.progress)
+        self.checkpoint = read or read_checkpoint(checkpoint, config.encoder, progress=listener.progress)
         architecture = choose_architecture(self.checkpoint, config.arch, config.source, config.resolution)
         self.data = with_channels(resolve_data(config.data, self.checkpoint.header), architecture)
         self.architecture = for_images(architecture, self.data.channels)

@@ -23,7 +23,7 @@ from mimref.encoders.settings import architecture_to_train, weights_name
 from mimref.errors import Checks, ConfigError, UserError
 from mimref.features.config import EncoderPassConfig, EvaluationConfig
 from mimref.features.files import FeatureFiles
-from mimref.features.header import resolve_data, with_channels, with_statistics
+from mimref.features.header import resolve_data, shared_data, with_channels, with_statistics
 from mimref.features.inputs import EncoderInputs, Inputs, give_distinct_names
 from mimref.features.matrix import Labels
 from mimref.progress import LabelledProgress, Listener
@@ -71,11 +71,12 @@ def open_encoder(
     splits: Sequence[Split] = ("train", "val"),
     existing: bool = False,
     sources: dict[Split, ImageSource] | None = None,
+    read: Checkpoint | None = None,
 ) -> Opened:
     """Open a checkpoint and its images, and check everything that can be checked without a pass.
 
     setting: the setting that names the checkpoint. splits: the splits to open. existing: see `open_images`. sources:
-    images that have been opened already.
+    images that have been opened already. read: the checkpoint, if it has been read already.
     """
     check_device(config, checks)
     opened, progress = dict(sources or {}), listener.progress
@@ -88,7 +89,9 @@ def open_encoder(
         opened, known = open_splits(config.data), True
     if remote and not checks.passed:
         return Opened(None, opened)
-    inputs = checks.run(setting, lambda: EncoderInputs(config, checkpoint, listener, need_labels=need_labels))
+    inputs = checks.run(
+        setting, lambda: EncoderInputs(config, checkpoint, listener, need_labels=need_labels, read=read)
+    )
     # The header may name the images, or how they are decoded.
     data = config.data if inputs is None else inputs.data
     changed = data != config.data and (config.data.spec is None or bool(opened))
@@ -179,10 +182,23 @@ def open_encoders(
     need_labels: bool = True,
     splits: Sequence[Split] = ("train", "val"),
 ) -> list[Opened]:
-    """Open several checkpoints on the same images: those of the settings, else those in the first one's header.
+    """Open several checkpoints on the same images, decoded in the same way, see `shared_data`.
 
     setting: the setting that names the checkpoints. splits: the splits to open.
     """
+    read = {
+        checkpoint: checks.run(setting, partial(read_checkpoint, checkpoint, config.encoder))
+        for checkpoint in checkpoints
+        if not must_download(checkpoint)
+    }
+    headers = [each.header if (each := read.get(checkpoint)) else {} for checkpoint in checkpoints]
+    data, differing = checks.run("data.spec", partial(shared_data, config.data, headers)) or (config.data, [])
+    config = config.model_copy(update={"data": data})
+    if differing:
+        listener.note(
+            f"the encoders' headers differ in how images are decoded; all encoders read them with "
+            f"{', '.join(differing)} (--set chooses other values)"
+        )
     found: list[Opened] = []
     for checkpoint in checkpoints:
         # The same images are opened, and reported on, once.
@@ -196,10 +212,11 @@ def open_encoders(
             need_labels=need_labels,
             splits=splits,
             sources=sources,
+            read=read.get(checkpoint),
         )
         found.append(opened)
         if isinstance(first := found[0].inputs, EncoderInputs):
-            # The headers of the other encoders may record other images.
+            # Its weights may determine the number of channels.
             config = config.model_copy(update={"data": first.data})
     inputs = [each.inputs for each in found if isinstance(each.inputs, EncoderInputs)]
     if len(inputs) == len(checkpoints):

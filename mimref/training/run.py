@@ -278,6 +278,7 @@ class Stage(GradientJob):
         run.skipped.report(once=True)
         if not run.told:
             run.told = True
+            self.source.share_traits()
             for notice in self.source.peculiarities("training images"):
                 run.listener.warn(notice)
         if run.saver is not None:
@@ -309,6 +310,7 @@ class Stage(GradientJob):
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continue from a state saved by this stage."""
+        self.run.told = True  # before the state was saved
         self.step = state["stage_step"]
         self.elapsed_s = self.run.elapsed_s = state["elapsed_s"]
         self.run.skipped.load_state(state["skipped"])

@@ -13,6 +13,7 @@ from mimref.errors import ConfigError, Interrupted
 from mimref.transfer.segment.config import SegmentConfig, TrainingConfig
 from mimref.transfer.segment.linear import HeadsJob
 from tests.pairs import write_pairs
+from tests.tiny import turn
 
 QUICK = ["--device", "cpu", "--workers", "0", "--updates", "6", "--set", "knn.memory=48", "--k", "5"]
 
@@ -80,6 +81,19 @@ def test_other_protocols(more: list[str], folder: Path, pairs: Path, capsys: pyt
     assert run(line(folder, pairs, *more, "--resolution", "8", "--upsampling", "nearest", "--quiet")) == 0
     printed = capsys.readouterr().out
     assert "mean IoU" in printed and "resolution 8" in printed
+
+
+@pytest.mark.parametrize("protocol", ["paper", "knn"])
+def test_peculiar_images_are_reported(
+    protocol: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_pairs(tmp_path / "data")
+    turn(data / "train" / "images" / "train03.png")
+    turn(data / "val" / "images" / "val01.png")
+    assert run(line(folder, data, "--protocol", protocol, "--resolution", "8")) == 0
+    lines = [each for each in capsys.readouterr().err.splitlines() if "EXIF orientation" in each]
+    assert len(lines) == 2
+    assert "1 of 12 training images" in lines[0] and "1 of 4 validation images" in lines[1]
 
 
 def test_interrupted_training_is_resumed(

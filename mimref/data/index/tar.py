@@ -10,6 +10,7 @@ from typing import IO, NamedTuple
 
 from mimref.data.decode import printable, reason_of
 from mimref.data.index.remote import is_remote, open_sequential
+from mimref.data.labels import UnusableLabelsError
 from mimref.data.suffixes import is_image, unused_kind
 from mimref.errors import DataError
 
@@ -46,7 +47,7 @@ class Shard:
 
     samples: list[Sample] = field(default_factory=list)
     unused: Counter[str] = field(default_factory=Counter)
-    """Number of unused members by kind: those that could be images, and labels without an image."""
+    """Number of unused members by kind: those that could be images, and labels without an image or of a wrong type."""
     kinds: Counter[str] = field(default_factory=Counter)
     """Number of other members of the samples by kind, which could be labels."""
 
@@ -104,7 +105,10 @@ def _read(file: IO[bytes], shard: str, choice: Choice, arrays: bool) -> Shard:
             found.unused["label without an image"] += bool(of_sample)
         else:
             of_image = of_sample.get("cls", next(iter(of_sample.values()), None))
-            if isinstance(of_image, DataError):
+            if isinstance(of_image, UnusableLabelsError) and choice.label is None:
+                found.unused["label of a wrong type"] += 1
+                of_image = None
+            elif isinstance(of_image, DataError):
                 raise of_image
             chosen = members[image]
             found.samples.append(Sample(chosen.name, chosen.offset_data, chosen.size, of_image))
@@ -176,6 +180,9 @@ def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, kind: str, which: 
                 return None
     except ValueError as error:
         raise DataError(f"{which} cannot be read ({reason_of(error)})") from error
-    if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-        raise DataError(f"{which}: label {label!r} is neither a whole number nor a class name")
+    wrong = f"{which}: label {label!r} is neither a whole number nor a class name"
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise UnusableLabelsError(wrong)
+    if label == "":
+        raise DataError(wrong)
     return str(label)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mimref.data.decode import BadImage, reason_of
+from mimref.data.decode import BadImage, Decoded, reason_of
 from mimref.data.labels import Indices
 from mimref.data.readers.hf import TableSource
 from mimref.data.sources import ArraySource, FileSource
@@ -147,13 +147,13 @@ class Pairs:
         self.images.select(rows)
         self.masks.select(rows)
 
-    def read(self, index: int) -> tuple[Tensor, Tensor]:
+    def read(self, index: int) -> tuple[Decoded, Tensor]:
         """Return an image, uint8 (3, H, W), and its classes, int16 (H, W).
 
         Raises BadImage for an image that cannot be read, DataError for a mask that cannot be used or does not fit it.
         """
-        image = self.images.read(index)
-        return image, self.mask(index, (image.shape[2], image.shape[1]))
+        decoded = self.images.read_reduced(index, None)
+        return decoded, self.mask(index, (decoded.image.shape[2], decoded.image.shape[1]))
 
     def mask(self, index: int, size: tuple[int, int] | None) -> Tensor:
         """Return the classes of an image, int16 (H, W). size: its width and height, if known. Raises DataError."""

@@ -26,23 +26,20 @@ _SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
 def read_text_table(file: str, known: str) -> tuple[pa.Table, list[str]]:
     """Return a table of text cells, with empty ones as null, and notices. Column names are stripped of blanks.
 
-    known: a column that should exist, by which the separator is recognised. Raises DataError for a spreadsheet,
-    OSError, and pyarrow's errors for rows of unequal length.
+    known: a column that should exist, by which the separator is recognised. Raises DataError for a spreadsheet and for
+    stray quotes, OSError, and pyarrow's errors for rows of unequal length.
     """
     with open(file, "rb") as opened:
         content = opened.read()
     if content.startswith(_SPREADSHEETS):
         raise DataError("is a spreadsheet in spite of its name; save it as CSV (UTF-8)")
     text, notices = _decode(content, printable(file))
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a cell may be a long text
     if stated := re.match(r"sep=(.)\r?\n", text):  # Excel's way of stating the separator
         text = text[stated.end() :]
     separator = stated[1] if stated else _separator(text, known, tabs=file.lower().endswith(".tsv"))
-    if '"' in text and re.search(rf'(^|{re.escape(separator)})[^\S\t\r\n]+"', text, re.MULTILINE):
-        # pyarrow treats a quote after a blank as a plain character.
-        rewritten = io.StringIO()
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-        csv.writer(rewritten, delimiter=separator).writerows(row for row in rows if row)
-        text = rewritten.getvalue()
+    if '"' in text:
+        text = _rewritten(text, separator, first_line=2 if stated else 1)
     table = _parse(text.encode(), separator)
     return table.rename_columns([name.strip() for name in table.column_names]), notices
 
@@ -89,6 +86,29 @@ def _separator(text: str, known: str, *, tabs: bool) -> str:
 
     order = sorted(_SEPARATORS, key=lambda each: each != "\t") if tabs else _SEPARATORS
     return max(order, key=lambda each: (known.lower() in columns(each), len(columns(each))))
+
+
+def _rewritten(text: str, separator: str, first_line: int) -> str:
+    """Return the table as pyarrow needs it: no blanks around quoted cells, every quote closed.
+
+    pyarrow treats a quote after a blank as a plain character, and a quote that is not closed as a cell with all the
+    rows that follow. first_line: number of the text's first line in the file. Raises DataError naming such a line.
+    """
+    text = re.sub(rf'"[^\S\t\r\n]+(?={re.escape(separator)}|[\r\n]|\Z)', '"', text)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    rewritten = io.StringIO()
+    writer, begin = csv.writer(rewritten, delimiter=separator), first_line
+    try:
+        for row in rows:
+            if row:
+                writer.writerow(row)
+            begin = first_line + rows.line_num
+    except csv.Error as error:
+        raise DataError(
+            f"line {begin} has a quote that nothing closes, or text after a quoted cell; write a quote within a cell "
+            "twice, and quote that cell"
+        ) from error
+    return rewritten.getvalue()
 
 
 def _parse(content: bytes, separator: str) -> pa.Table:

@@ -40,6 +40,7 @@ from mimref.data.decode import (
     read_content,
     reason_of,
 )
+from mimref.data.labels import UnusableLabelsError
 from mimref.data.readers.hf_columns import Columns, choose_columns, is_array, is_list, is_text, read_cell, read_labels
 from mimref.data.sources import EncodedSource, NoSplitError, Split, fingerprint_files
 from mimref.errors import DataError
@@ -190,13 +191,20 @@ def open_hugging_face(
             raise DataError(f"no rows in split {part.name!r}")
         _check_lists(table, columns.image)
         labels, classes, labelled = None, None, split == "train" or "" not in parts
+        how_to_label = columns.how_to_label if labelled else ""
         if labelled and columns.label is not None:
-            raw, classes = read_labels(table, columns.label)
-            if raw is not None:
-                if split == "val" and "train" in parts:
-                    train, of_train = parts["train"].load(data)
-                    classes = (of_train.label and read_labels(train, of_train.label)[1]) or classes
-                labels = raw.encode(classes or [])
+            try:
+                raw, classes = read_labels(table, columns.label)
+                if raw is not None:
+                    if split == "val" and "train" in parts:
+                        train, of_train = parts["train"].load(data)
+                        classes = (of_train.label and read_labels(train, of_train.label)[1]) or classes
+                    labels = raw.encode(classes or [])
+            except UnusableLabelsError as error:
+                if data.label is not None:
+                    raise
+                classes, how_to_label = None, str(error)
+                unused = [*unused, f"no labels are used: {error}"]
     arrow = [each["filename"] for each in table.cache_files]
     folder = os.path.dirname(arrow[0]) if on_hub else place
     files = part.files or [os.path.relpath(file, folder) for file in arrow]
@@ -208,7 +216,7 @@ def open_hugging_face(
         printable(spec), np.arange(len(cells)), labels, classes, cells, place, folder, files, data.image or ""
     )
     source.notices = [f"{printable(spec)}: {notice}" for notice in [*unused, *columns.notices]]
-    source.how_to_label = columns.how_to_label if labelled else ""
+    source.how_to_label = how_to_label
     return source
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mimref.config.base import DataConfig
 from mimref.data.decode import printable
-from mimref.data.labels import RawLabels, class_name
+from mimref.data.labels import RawLabels, UnusableLabelsError, class_name
 from mimref.errors import DataError, did_you_mean
 
 _OTHER_MEDIA = ("Audio", "Video", "Pdf", "Nifti")
@@ -148,9 +148,9 @@ def read_labels(table: Any, name: str) -> tuple[RawLabels | None, list[str] | No
     kind, shown = column.type, printable(name)
     whole = pa.types.is_integer(kind)
     if not (whole or is_text(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
-        raise DataError(f"column {shown!r} holds {kind}; labels are whole numbers or class names")
+        raise UnusableLabelsError(f"column {shown!r} holds {kind}; labels are whole numbers or class names")
     missing = pc.fill_null(pc.equal(column, -1), True) if whole else pc.is_null(column)
-    if pc.all(missing).as_py():
+    if pc.all(missing, min_count=0).as_py():  # true without rows
         return None, None
     if (row := pc.index(missing, True).as_py()) >= 0:
         raise DataError(f"row {row} of its split has no {shown!r}, although others have")

@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from mimref.config.base import DataConfig
 from mimref.data.decode import first_of, printable, reason_of
-from mimref.data.labels import Indices, RawLabels
+from mimref.data.labels import Indices, RawLabels, UnusableLabelsError
 from mimref.data.readers.delimited import read_text_table, without_blanks
 from mimref.data.sources import FileSource, NoSplitError, PathList, Split
 from mimref.errors import DataError, did_you_mean
@@ -48,20 +48,24 @@ def open_table(data: DataConfig, split: Split) -> FileSource:
     if columns.split is not None:
         rows, train = _rows_of(table.column(columns.split), split)
     paths = _as_spelled(os.path.dirname(file), paths, rows)
-    labels, classes = None, None
+    labels, classes, how_to_label = None, None, ""
     if columns.label is not None and (columns.split is not None or split == "train"):
         column = table.column(columns.label)
-        own = _labels(column, rows, columns.label)
-        if own is not None:
-            reference = own if split == "train" else _labels(column, train, columns.label)
-            classes = (reference or own).classes()
-            labels = own.encode(classes)
+        try:
+            if (own := _labels(column, rows, columns.label)) is not None:
+                reference = own if split == "train" else _labels(column, train, columns.label)
+                classes = (reference or own).classes()
+                labels = own.encode(classes)
+        except UnusableLabelsError as error:
+            if data.label is not None:
+                raise
+            how_to_label = str(error)
+            notices.append(f"{printable(spec)}: no labels are used: {error}")
+    elif columns.label is None and others:
+        how_to_label = f"name the column of labels with --set data.label=COLUMN (other columns: {first_of(others, 5)})"
     source = FileSource(printable(spec), os.path.dirname(file), paths, labels, classes, rows)
-    source.notices = notices
+    source.notices, source.how_to_label = notices, how_to_label
     _check_files(source)
-    if columns.label is None and others:
-        named = first_of(others, 5)
-        source.how_to_label = f"name the column of labels with --set data.label=COLUMN (other columns: {named})"
     return source
 
 
@@ -175,10 +179,10 @@ def _labels(column: pa.ChunkedArray, rows: Indices, name: str) -> RawLabels | No
     """Return the labels of some rows; None if no row has one. Raises DataError if only some rows have one."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        raise DataError(f"column {printable(name)!r} holds {kind}; labels are class names or whole numbers")
+        raise UnusableLabelsError(f"column {printable(name)!r} holds {kind}; labels are class names or whole numbers")
     column = column.take(rows)
     missing = pc.is_null(column)
-    if pc.all(missing, min_count=0).as_py():
+    if pc.all(missing, min_count=0).as_py():  # true without rows
         return None
     if (first := pc.index(missing, True).as_py()) >= 0:
         raise DataError(
@@ -186,7 +190,8 @@ def _labels(column: pa.ChunkedArray, rows: Indices, name: str) -> RawLabels | No
         )
     raw = RawLabels.from_strings(column.cast("string").to_pandas())
     if all(re.fullmatch(r"[-+]?\d*\.\d*", each) for each in raw.names):
-        raise DataError(f"labels such as {raw.names[0]} are neither class names nor whole numbers")
+        what = f"column {printable(name)!r} holds labels such as {raw.names[0]}"
+        raise UnusableLabelsError(f"{what}, which are neither class names nor whole numbers")
     return raw
 
 

@@ -28,7 +28,7 @@ from mimref.data.index.tar import Choice, Sample, Shard, list_samples
 from mimref.data.labels import Indices, RawLabels
 from mimref.data.sources import EncodedSource, NoSplitError, PathList, Split
 from mimref.data.suffixes import count_kinds, image_suffixes, unused_files, unused_kind
-from mimref.errors import DataError
+from mimref.errors import DataError, did_you_mean
 from mimref.progress import LabelledProgress, Progress
 
 HELD_OUT = ("val", "validation", "test")
@@ -72,7 +72,7 @@ class ShardSource(EncodedSource):
 
     def fetch(self, indices: Sequence[int]) -> None:
         """See `ImageSource`."""
-        if remote.is_remote(self.index.shards[0]):
+        if len(indices) and remote.is_remote(self.index.shards[0]):
             threads = min(remote.PART_THREADS, len(indices))
             parts = remote.map_concurrently(remote.read_part, map(self._place, indices), threads=threads)
             self._fetched = dict(zip(indices, parts, strict=True))
@@ -134,16 +134,25 @@ def open_shards(data: DataConfig, split: Split, progress: LabelledProgress | Non
     shards, train_shards = _find_shards(pattern, split)
     as_arrays = data.channels is not None
     index = _index(shards, choice, progress, as_arrays)
+    train = index.labels
+    if split == "val" and train_shards and (train is not None or choice.label is not None):
+        train = _index(train_shards, choice, progress, as_arrays).labels
+    if choice.label is not None and index.labels is None and train is None:
+        others = [kind for kind in index.kinds if kind != choice.label.lower()]
+        raise DataError(
+            f"no image has a label in a member .{printable(choice.label)}, which data.label names"
+            f"{did_you_mean(choice.label, others)} (other members: {first_of(others, 5) or 'none'})"
+        )
     labels, classes = None, None
     if index.labels is not None and (split == "train" or train_shards is not None):
-        train = _index(train_shards, choice, progress, as_arrays).labels if train_shards and split == "val" else None
         classes = (train or index.labels).classes()
         labels = index.labels.encode(classes)
     source = ShardSource(printable(spec), np.arange(len(index)), labels, classes, index)
     source.notices = unused_files(_shown(shards), index.unused) + _not_shards(pattern, split)
     if index.labels is None and (kinds := [kind for kind in index.kinds if kind != "json"]):
         source.how_to_label = (
-            f"no .cls, and no label in .json; name their member with --set data.label=MEMBER ({first_of(kinds, 5)})"
+            "no .cls, and no usable label in .json; name their member with --set data.label=MEMBER "
+            f"({first_of(kinds, 5)})"
         )
     return source
 

@@ -15,7 +15,7 @@ from mimref.evaluation.blocks.reconstruction import check_maskable, few_updates,
 from mimref.evaluation.blocks.statistics import analyze_blocks, recommend_heads
 from mimref.evaluation.exhibits.collect import Exhibition, IllustratedResult, Voting
 from mimref.evaluation.knn.protocol import check_neighbours
-from mimref.evaluation.metrics import check_labels, labelled
+from mimref.evaluation.metrics import check_labels, labelled, labelled_pair
 from mimref.features.inputs import EncoderInputs
 from mimref.features.matrix import Matrix
 from mimref.features.opening import Opened, open_encoders
@@ -125,7 +125,8 @@ def _rows(config: BlocksConfig, inputs: EncoderInputs) -> list[Row]:
     train_y = test_y = None
     if _labelled(inputs):
         train = inputs.features("train")
-        train_x, train_y, test_y = [train.matrix(columns) for columns in groups], train.y, test.y
+        train_x = [train.matrix(columns) for columns in groups]
+        _, train_y, _, test_y = labelled_pair(train, test, groups[-1])
     return analyze_blocks(
         train_x,
         train_y,

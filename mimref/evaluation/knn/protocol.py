@@ -22,7 +22,7 @@ from mimref.evaluation.knn.top_k import merge_top_k, unpack
 from mimref.evaluation.metrics import (
     check_labels,
     check_splits,
-    labelled,
+    labelled_pair,
     mean_and_std,
     name_classes,
     percent,
@@ -68,10 +68,9 @@ def evaluate_knn(
     prepare_groups(groups, inputs)
     rows: list[Row] = []
     for where, columns in groups:
-        train, test = (labelled(inputs.features(split), columns) for split in ("train", "val"))
+        pair = labelled_pair(inputs.features("train"), inputs.features("val"), columns)
         found = knn(
-            *train,
-            *test,
+            *pair,
             k=config.k,
             tau=config.tau,
             standardize=config.standardize,
@@ -82,8 +81,7 @@ def evaluate_knn(
         )
         if config.retrieval:
             found += retrieval(
-                *train,
-                *test,
+                *pair,
                 recall_at=config.recall_at,
                 standardize=config.standardize,
                 device=config.device,
@@ -139,7 +137,8 @@ def knn(
     if not len(tau) or min(tau) <= 0:
         raise ConfigError(f"tau = {list(tau)}: give one or more temperatures above 0")
     neighbours = find_neighbours(train_x, test_x, k=max(k), standardize=standardize, device=device, progress=progress)
-    ranks = label_ranks(neighbours, labels, truth, len(classes), k=k, tau=tau)
+    # `UNSEEN` is a class without votes.
+    ranks = label_ranks(neighbours, labels, truth, max(len(classes), int(truth.max()) + 1), k=k, tau=tau)
     rows: list[Row] = []
     for (k_, tau_), rank in ranks.items():
         rows.append({"metric": "knn_top1", "value": percent(np.mean(rank < 1)), "k": k_, "tau": tau_})
@@ -161,7 +160,7 @@ def knn_accuracy(
 
 def _class_rows(classes: Sequence[str | int], truth: Labels, rank: Labels, setting: Row) -> list[Row]:
     """Return the recall of every class with test images. classes: their names; truth, rank (M,): see `label_ranks`."""
-    images = np.bincount(truth, minlength=len(classes))
+    images = np.bincount(truth, minlength=len(classes))[: len(classes)]
     hits = np.bincount(truth[rank < 1], minlength=len(classes))
     return [
         {"metric": "knn_top1", "value": percent(hits[c] / images[c]), **setting, "class": shown, "images": int(n)}

@@ -59,7 +59,7 @@ def retrieval(
     mean, std = mean_and_std(train_x) if standardize else (None, None)
     train_ND = unit_tensor(train_x, mean, std).to(target)
     train_y_N = torch.from_numpy(labels).to(target)
-    relevant_C = torch.bincount(train_y_N, minlength=len(classes))
+    relevant_C = torch.bincount(train_y_N, minlength=len(classes) + 1)  # none for `UNSEEN`
     step = max(LEAST_ROWS, SORTED_AT_ONCE // len(labels))
     runs = share_chunks(len(test_x), step)
     mine, parts = runs[own_rank()], []
@@ -103,7 +103,9 @@ def _scores(similarity_MN: Tensor, train_y_N: Tensor, own_M: Tensor, relevant_M:
     sums = [torch.zeros(len(own_M), dtype=torch.float64, device=row.device) for _ in range(2)]
     for total_M, values in zip(sums, (precision, at_r), strict=True):
         total_M.index_add_(0, row, values)
-    return torch.stack([*(total_M / relevant_M for total_M in sums), (column[start_M] + 1).double()])
+    first_M = (torch.cat([column, column.new_zeros(1)])[start_M] + 1).double()
+    divisor_M = relevant_M.clamp_min(1)
+    return torch.stack([*(total_M / divisor_M for total_M in sums), first_M.masked_fill(relevant_M == 0, torch.inf)])
 
 
 def _rows(scores_3M: NDArray[np.float64], recall_at: Sequence[int]) -> list[Row]:

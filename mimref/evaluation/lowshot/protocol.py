@@ -22,7 +22,7 @@ from mimref.evaluation.lowshot.split_files import read_split_files
 from mimref.evaluation.metrics import (
     check_labels,
     check_splits,
-    labelled,
+    labelled_pair,
     name_classes,
     percent,
     progress_label,
@@ -70,8 +70,7 @@ def evaluate_lowshot(
     rows: list[Row] = []
     for where, columns in groups:
         found = lowshot(
-            *labelled(train, columns),
-            *labelled(test, columns),
+            *labelled_pair(train, test, columns),
             shots=config.shots,
             splits=splits,
             seed=config.seed,

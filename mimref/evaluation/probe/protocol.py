@@ -10,7 +10,7 @@ from mimref.devices import resolve_device
 from mimref.distributed.group import end_group, own_rank
 from mimref.encoders.vit import Architecture
 from mimref.errors import Checks, ConfigError
-from mimref.evaluation.metrics import check_labels, number_classes
+from mimref.evaluation.metrics import check_labels, number_classes, unseen_marked
 from mimref.evaluation.probe.attentive import TokenShape
 from mimref.evaluation.probe.augmented import probe_inputs
 from mimref.evaluation.probe.cached import probe_matrices
@@ -160,7 +160,7 @@ def probe_features(
         {key: train.matrix(columns) for key, columns in groups.items()},
         train.y,
         {key: test.matrix(columns) for key, columns in groups.items()},
-        test.y,
+        unseen_marked(train.y, test.y, lacks_classes=test.lacks_classes),
         settings,
         config.seed,
         resolve_device(config.device),

@@ -22,6 +22,7 @@ from mimref.distributed.turns import end_requests, request, requests, take_turns
 from mimref.draws import permutation
 from mimref.encoders.backbones import TokenEncoder
 from mimref.errors import DataError
+from mimref.evaluation.metrics import unseen_marked
 from mimref.evaluation.probe.attentive import TokenShape
 from mimref.evaluation.probe.config import ProbeTrainingConfig
 from mimref.evaluation.probe.ensemble import Batch
@@ -101,6 +102,7 @@ def probe_encoded(
     test_y = test.y if isinstance(test, Features) else test.source.labels
     if train.labels is None or test_y is None:
         raise DataError(f"{train.name}: the training images have no labels, which a probe needs")
+    test_y = unseen_marked(train.labels, test_y, lacks_classes=train.lacks_classes)
     groups, device = images.groups, images.reading.device
     examined: Mapping[ProbeInput, Matrix] | TestStream
     if isinstance(test, Features):

@@ -61,7 +61,7 @@ def accuracy(
     progress: Progress | None = None,
     among: Indices | None = None,
 ) -> Scores:
-    """Return the accuracy on labelled images. The ranks share the images, and all of them get the result.
+    """Return the accuracy on labelled images. The ranks share the images, and all of them get result and traits.
 
     labels: (N,) class numbers. among: the only classes that compete; the labels are then positions in `among`. Raises
     DataError if too many images, or all of them, are unreadable.
@@ -78,6 +78,7 @@ def accuracy(
         if progress is not None:
             progress(batch.end, len(source))
     images, bad = total_over_ranks(images), gather_lists(bad)
+    source.share_traits()
     if not images:
         raise none_readable(source.name, bad)
     BadImages(settings.max_bad).add_all(bad)  # each rank has counted only its own

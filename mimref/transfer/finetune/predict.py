@@ -67,6 +67,8 @@ def predict(
         listener.progress("predictions", batch.end, len(source))
     if not count:
         raise none_readable(source.name, bad)
+    for line in source.peculiarities():
+        listener.warn(line)
     if bad:
         listener.warn(f"unreadable images left out of the table ({len(bad)}): {first_bad(bad)}")
     write_bytes(out, table.getvalue().encode())

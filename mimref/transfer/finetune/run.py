@@ -51,6 +51,8 @@ def finetune(
                     _write(run, job, classifier, out)
                 barrier()
         rows = score_rows(plan, history)
+        for line in plan.val.peculiarities("validation images"):
+            run.listener.warn(line)
         if run.leave_group():
             run.finish(rows)
     return TrainingResult(out, rows, run.elapsed_s, run.skipped.items)

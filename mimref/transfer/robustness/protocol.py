@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,8 +73,15 @@ def evaluate_robustness(
     scored = _classify(classifier.to(device), [*clean, *sets, *_corrupted(config, clean, settings)], settings, listener)
     rows = named(score_rows([(each.where, scores) for each, scores in scored]), model_name(config.checkpoint), {})
     bad = sorted({pair for _, scores in scored for pair in scores.bad})
-    if bad and own_rank() == 0:
-        listener.warn(f"{len(bad)} unreadable images are not counted: {first_bad(bad)}")
+    lines: dict[object, list[str]] = {}
+    for each in (*clean, *sets):
+        # The folders of ImageNet-C hold the same images.
+        name = each.where["set"]
+        lines[name] = lines.get(name) or each.source.peculiarities(f"images of {name}")
+    for line in chain(*lines.values()):
+        telling.warn(line)
+    if bad:
+        telling.warn(f"{len(bad)} unreadable images are not counted: {first_bad(bad)}")
     return EvaluationResult(rows, time.monotonic() - started, bad, data)
 
 

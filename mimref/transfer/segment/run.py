@@ -91,6 +91,9 @@ def evaluate_segment(
     if fresh and state is not None:
         state.unlink(missing_ok=True)
     rows, best, samples, bad = _knn(work) if config.protocol == "knn" else _linear(work, state)
+    for images, what in ((work.train.images, "training images"), (work.test.images, "validation images")):
+        for line in images.peculiarities(what):
+            listener.warn(line)
     if bad:
         listener.warn(f"{len(bad)} images cannot be read and are left out: {first_bad(bad)}")
     chosen = [sample._replace(predicted_K=sample.predicted_K[best : best + 1]) for sample in samples]

@@ -118,6 +118,8 @@ class CropBatch:
     """Height and width of every crop without padding."""
     bad: list[tuple[str, str]]
     """Path and reason of every image that could not be read."""
+    traits: list[int]
+    """Traits of the readable images, see `mimref.data.traits`."""
 
     def pin_memory(self) -> "CropBatch":
         """The same batch in page-locked memory."""
@@ -132,15 +134,19 @@ class _CropDataset(BatchDataset[CropBatch]):
     def __getitem__(self, batch: tuple[int, list[int]]) -> CropBatch:
         epoch, indices = batch
 
-        def cut(index: int) -> Crop:
-            return training_crop(*self.pairs.read(index), self.size, self.crops, self.seed, epoch, index)
+        def cut(index: int) -> tuple[Crop, int]:
+            decoded, mask = self.pairs.read(index)
+            image = decoded.image.contiguous()
+            return training_crop(image, mask, self.size, self.crops, self.seed, epoch, index), decoded.traits
 
-        cuts, good, bad = self.read(indices, cut)
+        read, good, bad = self.read(indices, cut)
+        cuts = [crop for crop, _ in read]
         empty = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
         images = torch.stack([each.image for each in cuts]) if cuts else empty
         masks = torch.stack([each.mask for each in cuts]) if cuts else empty[:, 0].short()
         sizes = [(each.height, each.width) for each in cuts]
-        return CropBatch(epoch, torch.tensor(good, dtype=torch.int64), images, masks, sizes, bad)
+        traits = [each for _, each in read]
+        return CropBatch(epoch, torch.tensor(good, dtype=torch.int64), images, masks, sizes, bad, traits)
 
 
 def crop_batches(
@@ -160,7 +166,9 @@ def crop_batches(
     skip: batches of the first epoch that are already done. The batches are the same for every number of workers.
     """
     batches = epoch_batches(len(pairs), batch_size, seed, epochs=epochs, skip=skip, every=1, part=slice(None))
-    yield from load(_CropDataset(pairs, size, crops, seed), batches, workers=workers, pin_memory=pin_memory)
+    for batch in load(_CropDataset(pairs, size, crops, seed), batches, workers=workers, pin_memory=pin_memory):
+        pairs.images.record(batch.sample_B.tolist(), batch.traits)
+        yield batch
 
 
 # --- test images
@@ -175,6 +183,8 @@ class View(NamedTuple):
     """uint8 (3, H, W)."""
     mask: Tensor
     """int16 (H', W')."""
+    traits: int = 0
+    """See `mimref.data.traits`."""
 
 
 class Views(NamedTuple):
@@ -215,11 +225,15 @@ class _ViewDataset(BatchDataset[Views]):
         return Views(images, bad)
 
     def _view(self, index: int) -> View:
-        return view_of(index, *self.pairs.read(index), self.size, self.mode)
+        decoded, mask = self.pairs.read(index)
+        view = view_of(index, decoded.image.contiguous(), mask, self.size, self.mode)
+        return view._replace(traits=decoded.traits)
 
 
 def view_batches(pairs: Pairs, size: int, mode: TestMode, *, batch_size: int, workers: int = 0) -> Iterator[Views]:
     """Yield all images in data order, as they are tested."""
     at_once = batch_size if mode == "crop" else 1
     batches = [range(at, min(len(pairs), at + at_once)) for at in range(0, len(pairs), at_once)]
-    return load(_ViewDataset(pairs, size, mode), batches, workers=workers)
+    for views in load(_ViewDataset(pairs, size, mode), batches, workers=workers):
+        pairs.images.record([view.number for view in views.images], [view.traits for view in views.images])
+        yield views
