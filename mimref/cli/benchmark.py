@@ -166,10 +166,11 @@ def everything(options: BenchmarkOptions) -> None:
     started, device, out = time.monotonic(), options.device or "auto", options.out
     if out is not None:
         options.checks.run("out", lambda: check_folder(out, options.force, unfinished=UNFINISHED))
+    facts = options.checks.run("device", lambda: machine_facts(device))
     options.checks.finish()
+    assert facts is not None  # otherwise it has raised
     if out is not None:
         remove_earlier(out)
-    facts = machine_facts(device)
     command = f"mimref {shlex.join(sys.argv[1:])}"
 
     def save(findings: "Sequence[Finding]", finished: bool) -> None:
