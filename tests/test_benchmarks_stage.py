@@ -22,6 +22,9 @@ def test_a_presets_settings_are_adapted_to_encoder_and_images() -> None:
     found, lines = fitted(config, read_data=True)
     assert (found.heads.blocks, found.heads.queue_size) == ("3-4", 512)
     assert any("heads.queue_size" in line and "1,437 training images" in line for line in lines)
+    limited = config.model_copy(update={"data": config.data.model_copy(update={"train_limit": 2000})})
+    found, lines = fitted(limited, read_data=True)
+    assert found.data.train_limit is None and lines[0].startswith("data.train_limit 2000 -> none")
     # Without images, those of ImageNet decide.
     found, lines = fitted(config, read_data=False)
     assert (found.heads.blocks, found.heads.queue_size) == ("3-4", 65_536)

@@ -23,6 +23,7 @@ from mimref.encoders.published import find_published
 from mimref.encoders.settings import architecture_to_train, ignored_settings, named_architecture
 from mimref.encoders.vit import PAPER_SIZES
 from mimref.errors import ConfigError
+from mimref.features.opening import without_limit
 from mimref.progress import Silent
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import head_blocks
@@ -84,13 +85,14 @@ def fitted(config: RefineConfig, *, read_data: bool) -> tuple[RefineConfig, list
     memory is predicted for other machines. Raises UserError subclasses.
     """
     architecture, ignored = _named_encoder(config)
+    config, limited = without_limit(config, None) if read_data else (config, [])
     source = training_images(config) if read_data else _imagenet_like(config)
     source.labels = None  # for a recipe, which would measure every block of the encoder
     found, derived = fit(config, architecture, source)
     kept = [each for each in derived if each.setting != "precision" or each.before is None]
     if len(kept) < len(derived):
         found = found.model_copy(update={"precision": config.precision})
-    return found, [*ignored, *map(str, kept)]
+    return found, [*ignored, *map(str, [*limited, *kept])]
 
 
 def _named_encoder(config: RefineConfig) -> tuple[EncoderArchitecture, list[str]]:
