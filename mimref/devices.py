@@ -21,12 +21,15 @@ def resolve_device(name: str) -> torch.device:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
-        raise ConfigError(f"device {name!r} is not available on this machine; use --device cpu or --device auto")
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps)}
     try:
-        return torch.device(name)
-    except RuntimeError as error:
+        device = torch.device(name)
+        available = counts[device.type]
+    except (RuntimeError, KeyError) as error:
         raise ConfigError(f"device {name!r} is unknown; use auto, cpu, cuda or mps") from error
+    if (device.index or 0) >= available:
+        raise ConfigError(f"device {name!r} is not available on this machine; use --device cpu or --device auto")
+    return device
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,9 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, which stops the automatic growth of M_MMAP_THRESHOLD
+        if not mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD
+            mallopt(-3, 1 << 25)  # the most that older versions accept
 
 
 def own_cores() -> int:

@@ -124,8 +124,32 @@ def test_a_step_that_does_not_fit_is_reported_and_images_are_counted(monkeypatch
     assert {row["images"] for row in cost.rows if "images" in row} == {1437}
 
 
+def test_a_presets_bfloat16_is_measured_only_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prediction is for GPUs, whatever the CPU can do."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    measured: list[str] = []
+    predicted: list[str] = []
+    monkeypatch.setattr(cost_module, "measure_step", lambda config, *_, **__: measured.append(config.precision) or [])
+    monkeypatch.setattr(
+        cost_module, "predicted_row", lambda config, stage: predicted.append(config.precision) or {"metric": stage}
+    )
+    monkeypatch.setattr(cost_module, "model_flops", lambda *_: 1000)
+    config = tiny(precision="bf16").model_copy(update={"preset": "mine", "strict": False})
+    config._given = frozenset()
+    cost = benchmark_cost(config)
+    assert set(measured) == {"fp32"} and set(predicted) == {"bf16"}
+    assert len(cost.notes) == 1 and "bf16" in cost.notes[0] and "fp32 is measured instead" in cost.notes[0]
+
+
+def test_a_batch_of_more_images_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_module, "model_flops", lambda *_: 1000)
+    with pytest.raises(ConfigError, match="batch_size 2000 is larger than the 1437 training images"):
+        benchmark_cost(tiny(data__spec="digits", batch_size=2000))
+
+
 def test_encoders_of_other_channels_cost_as_those_of_colour(tmp_path: Path) -> None:
-    """Benchmarks read no images, so the weights may be for any number of channels."""
+    """Without `data.channels`, images are in colour, so the weights may be for any number of channels."""
     found = []
     for channels in (3, 13):
         weights = write_weights(

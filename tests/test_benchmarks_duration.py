@@ -1,12 +1,18 @@
 """The time of a planned refinement: measured on its own steps, and added up correctly."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from mimref.benchmarks import duration
-from mimref.benchmarks.duration import Duration, describe_duration, measure_duration
+from mimref.benchmarks.duration import Duration, describe_duration, image_seconds, measure_duration, step_seconds
+from mimref.data.sources import FileSource
+from mimref.data.transforms import EvalTransform
+from mimref.features.encode import PassSettings
 from mimref.refinement.plan import make_plan
 from tests.tiny import refine_config, write_labelled, write_unlabelled, write_weights
 
@@ -26,6 +32,57 @@ def test_parts_are_seconds_times_counts(paths: tuple[Path, Path], monkeypatch: p
     # twice. A pass of 48 images takes 2 seconds.
     found = measure_duration(plan)
     assert found == Duration(0.5, 2.0, 8 * 0.5, 12 * 2.0, pytest.approx((3 * 160 + 2 * 64) * 2 / 48))
+
+
+class _Job:
+    """Updates of one second, and batches that each of the loader processes reads in 20 seconds."""
+
+    total, step = 100, 0
+
+    def __init__(self, device: str, workers: int) -> None:
+        self.device, self.clock = torch.device(device), 0.0
+        config = SimpleNamespace(workers=workers, data=SimpleNamespace(decode="auto"))
+        self.run, self.source = SimpleNamespace(config=config), SimpleNamespace(in_memory=False)
+
+    def batches(self) -> Iterator[None]:
+        while True:
+            self.clock += 20.0
+            yield None
+
+    def update(self, batch: None) -> None:
+        self.clock += 1.0
+
+    def check(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "expected"), [("cpu", 0, 21), ("cpu", 4, 6), ("cuda", 4, 5), ("cuda", 40, 1)]
+)
+def test_a_step_takes_as_long_as_reading_allows(
+    device: str, workers: int, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, processes that read share its cores with the update."""
+    job: Any = _Job(device, workers)
+    monkeypatch.setattr(duration, "time", SimpleNamespace(perf_counter=lambda: job.clock))
+    assert step_seconds(job) == pytest.approx(expected)
+    assert job.clock <= 60
+
+
+@pytest.mark.parametrize("workers", [2, 16])
+def test_all_loader_processes_take_part_in_the_passes_that_are_timed(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[float] = []
+
+    def extract(encoder: object, source: FileSource, settings: PassSettings, columns: object) -> None:
+        batches.append(len(source) / settings.batch_size)
+
+    monkeypatch.setattr(duration, "extract", extract)
+    encoder: Any = None
+    images = FileSource("images", "", [f"{number}.png" for number in range(500)], None, None)
+    image_seconds(encoder, images, PassSettings(EvalTransform(16), torch.device("cpu"), workers=workers), 1)
+    assert batches == [workers, 3 * workers]
 
 
 @pytest.mark.parametrize(("stage", "parts"), [("both", ("heads_s", "encoder_s")), ("heads", ("heads_s",))])

@@ -50,6 +50,31 @@ def test_the_largest_micro_batch_that_fits_is_found(given_steps: list[dict[str, 
     assert (row["fits"], row["micro_batch"]) == (False, 1) and row["value"] == pytest.approx(3, abs=0.01)
 
 
+def test_ways_that_the_encoder_does_not_support_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*_: object, **options: Any) -> StepPeak:
+        if options["micro_batch"] is not None:
+            raise ConfigError("micro_batch: the encoder has BatchNorm layers")
+        if options["checkpointing"]:
+            raise ConfigError("activation_checkpointing: timm has none")
+        return StepPeak(GIB * options["images"])
+
+    monkeypatch.setattr(memory, "step_peak", step)
+    notes: list[str] = []
+    rows = plan_memory(tiny(batch_size=48), [1, 4], [8, 80], note=notes.append)
+    assert set(notes) == {"micro_batch: the encoder has BatchNorm layers", "activation_checkpointing: timm has none"}
+    assert not any(row["recompute"] for row in rows)
+    # In one pass or not at all.
+    assert {(row["gpus"], row["card_gib"]): (row["micro_batch"], row["fits"]) for row in rows} == {
+        (1, 8): (48, False), (1, 80): (48, True), (4, 8): (12, False), (4, 80): (12, True)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [("micro_batch", 4), ("activation_checkpointing", True), ("shard", True)])
+def test_settings_that_choose_one_of_the_ways_are_refused(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{name} has no effect"):
+        plan_memory(tiny(**{name: value}), [1], [40])
+
+
 def test_the_plan_is_written_as_lines_and_as_a_table(given_steps: list[dict[str, Any]]) -> None:
     rows = plan_memory(tiny(batch_size=48), [1, 4], [2, 8])
     facts = dict(memory_facts(rows))

@@ -243,6 +243,7 @@ def test_wrong_neighbours_miss_their_bar(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(("slow", "verdict"), [("cpu", "met"), ("meta", "missed")])
 def test_a_slow_search_on_the_device_misses_its_bar(slow: str, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging, "find_neighbours", lambda *_, device, **__: time.sleep(0.03 * (device == slow)))
+    monkeypatch.setattr(judging, "resolve_device", torch.device)
     measured = judging.knn_speedup("meta", line="k", train=20, test=4, width=8)
     assert judged(measured, parts.SEARCH) == verdict
 

@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -27,6 +28,7 @@ from mimref.devices import (
     adapt_precision,
     autocast,
     choose_attention,
+    keep_freed_memory,
     own_cores,
     resolve_device,
     resolve_precision,
@@ -124,6 +126,44 @@ def test_an_unknown_device_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     for command in ("views", "eval", "all"):
         assert run(["benchmark", command, "--device", "tpu"]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("cuda:1", None),
+        ("cuda:2", "'cuda:2' is not available"),
+        ("mps:1", "'mps:1' is not available"),
+        ("xpu", "'xpu' is unknown"),
+        ("meta", "'meta' is unknown"),
+    ],
+)
+def test_numbers_of_gpus_and_other_kinds_of_devices_are_checked(
+    name: str, wrong: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if wrong is None:
+        assert resolve_device(name) == torch.device(name)
+    else:
+        with pytest.raises(ConfigError, match=wrong):
+            resolve_device(name)
+
+
+@pytest.mark.parametrize("most", [1 << 30, 1 << 25])
+def test_the_largest_threshold_that_the_c_library_accepts_is_set(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    accepted = {}
+
+    def mallopt(option: int, value: int) -> int:
+        if option == -3 and value > most:
+            return 0
+        accepted[option] = value
+        return 1
+
+    monkeypatch.setattr("mimref.devices.sys.platform", "linux")
+    monkeypatch.setattr("mimref.devices.ctypes.CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    keep_freed_memory()
+    assert accepted == {-1: (1 << 31) - 1, -3: most}
 
 
 def test_float32_changes_nothing() -> None:

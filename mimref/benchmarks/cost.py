@@ -12,10 +12,11 @@ import torch
 from mimref.benchmarks.flops import model_flops
 from mimref.benchmarks.measure import Facts, MatrixProducts, Ticks, median_seconds
 from mimref.benchmarks.memory import predict_peak
-from mimref.benchmarks.stage import IMAGENET_IMAGES, describe_encoder, largest_whole_batch, resolve_encoder
+from mimref.benchmarks.stage import describe_encoder, largest_whole_batch, resolve_encoder, training_images
 from mimref.benchmarks.step import STAGE_NUMBER, StepMeasurement, measure_step
-from mimref.data.open import open_source
-from mimref.devices import resolve_device
+from mimref.config.recipe import Recipe
+from mimref.data.loader import check_batch_size
+from mimref.devices import adapt_precision, resolve_device
 from mimref.errors import ConfigError
 from mimref.progress import Progress
 from mimref.refinement.config import RefineConfig
@@ -47,24 +48,28 @@ def benchmark_cost(config: RefineConfig, *, steps: int = 3, progress: Progress |
     The images are those of `config.data`, or ImageNet's 1,281,167 if it names none. A CPU measures what it can in a
     minute: batches are smaller, and large encoders are not timed at all. CUDA measures the preset's batch, in
     micro-batches if one pass does not fit, and also finds the largest batch that fits in one pass.
+    A preset's bfloat16 is replaced where it is slower, but not in the predictions, which are for CUDA.
     Raises ConfigError or DataError for settings that do not fit the encoder or the images.
     """
     flops = stage_flops(config)
-    images = IMAGENET_IMAGES if config.data.spec is None else len(open_source(config.data, "train"))
-    device = resolve_device(config.device)
-    notes: list[str] = []
+    images = len(training_images(config))
+    check_batch_size(config.batch_size, images)
+    device, recipe = resolve_device(config.device), Recipe(config)
+    adapt_precision(recipe)
+    timed = recipe.config
+    notes = [f"precision {each.before}: {each.value} is measured instead, {each.rule}" for each in recipe.derived]
     measured: list[StepMeasurement] = []
     try:
         batch = config.batch_size if device.type == "cuda" else _affordable_batch(config, flops, steps, device, notes)
         micro = config.micro_batch if isinstance(config.micro_batch, int) else None
         if batch and micro is None:
-            micro = largest_whole_batch(config, device)
+            micro = largest_whole_batch(timed, device)
         work = [(stage, batch, micro) for stage in flops if batch]
         if device.type == "cuda":
             work += [("encoder", size, None) for size in _SMALL_BATCHES]
         tick = Ticks(progress, len(work))
         for stage, size, micro in work:
-            measured += measure_step(config.model_copy(update={"batch_size": size}), stage, (micro,), steps=steps)
+            measured += measure_step(timed.model_copy(update={"batch_size": size}), stage, (micro,), steps=steps)
             tick()
     except (ConfigError, torch.OutOfMemoryError) as error:
         # `stage_flops` has checked that the settings fit the encoder, so the remaining cause is memory.

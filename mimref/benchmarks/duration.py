@@ -2,11 +2,13 @@
 
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
 
+from mimref.data.loader import loader_workers
 from mimref.data.sources import ImageSource, Subset
 from mimref.encoders.backbones import TokenEncoder
 from mimref.evaluation.monitor import KnnMonitor
@@ -62,9 +64,19 @@ def measure_duration(plan: Plan) -> Duration:
 
 
 def step_seconds(job: Stage) -> float:
-    """Return the mean seconds of a few updates after the first, or those of the first if there is no other."""
-    started, counted = time.perf_counter(), 0
-    for batch in job.batches():
+    """Return the mean seconds of an update, including reading images, from a few updates after the first.
+
+    After the first update, loader processes have batches ready, so that a few more updates would never wait for them.
+    Reading is therefore timed separately: each process has read a batch when the first batch arrives.
+    """
+    config, started, counted = job.run.config, time.perf_counter(), 0
+    workers = loader_workers(config.workers, job.source)
+    batches = job.batches()
+    first = next(batches)
+    now = time.perf_counter()
+    # Images that a GPU decodes are not read by several processes.
+    read_s, started = (now - started) / (1 if config.data.decode == "device" else max(1, workers)), now
+    for batch in chain([first], repeat(first, job.total - 1) if workers else batches):
         job.update(batch)
         job.step += 1
         if job.step == 1:
@@ -76,7 +88,11 @@ def step_seconds(job: Stage) -> float:
         if counted == _STEPS or time.perf_counter() - started > _SECONDS:
             break
     job.check()  # waits for the device
-    return (time.perf_counter() - started) / counted if counted else first_s
+    update_s = (time.perf_counter() - started) / counted if counted else first_s
+    if not workers and counted:
+        return update_s  # batches were read between the updates
+    # Loader processes work at the same time as a GPU, but on the same cores as updates on a CPU.
+    return max(update_s, read_s) if workers and job.device.type != "cpu" else update_s + read_s
 
 
 def _passes_seconds(plan: Plan, method: Method) -> float:
@@ -92,6 +108,11 @@ def _passes_seconds(plan: Plan, method: Method) -> float:
 
 def image_seconds(encoder: TokenEncoder, source: ImageSource, settings: PassSettings, block: int) -> float:
     """Estimate the seconds per image of an encoder pass up to a block, from a few images."""
+    # GPUs need larger batches, and are fast enough for the images of these.
+    few, more = (count * (1 if settings.device.type == "cpu" else 8) for count in (_FEW_IMAGES, _MORE_IMAGES))
+    if workers := loader_workers(settings.workers, source):
+        # A batch is read by one process: all processes should take part in both passes.
+        settings = replace(settings, batch_size=max(1, few // workers))
 
     def seconds(count: int) -> float:
         started = time.perf_counter()
@@ -99,10 +120,10 @@ def image_seconds(encoder: TokenEncoder, source: ImageSource, settings: PassSett
         extract(encoder, Subset(source, rows), settings, [Column(block, "cls")])
         return time.perf_counter() - started
 
-    few_s, more_s = seconds(_FEW_IMAGES), seconds(_MORE_IMAGES)
+    few_s, more_s = seconds(few), seconds(more)
     # The difference excludes what does not grow with the images, such as starting loader processes.
-    apart = min(_MORE_IMAGES, len(source)) - min(_FEW_IMAGES, len(source))
-    return (more_s - few_s) / apart if apart and more_s > few_s else more_s / min(_MORE_IMAGES, len(source))
+    apart = min(more, len(source)) - min(few, len(source))
+    return (more_s - few_s) / apart if apart and more_s > few_s else more_s / min(more, len(source))
 
 
 def describe_duration(found: Duration) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from mimref.benchmarks.stage import image_channels
 from mimref.data.views import multi_crop
 from mimref.encoders.backbones import EncoderArchitecture
 from mimref.refinement.config import RefineConfig
@@ -41,7 +42,8 @@ def model_flops(config: RefineConfig, architecture: EncoderArchitecture, blocks:
     """
     groups = multi_crop(config.views, architecture.image_size)
     encoder, heads = meta_modules(config, architecture, blocks, stage)
-    views = [torch.empty(group.count, 3, group.size, group.size, device="meta") for group in groups]
+    channels = image_channels(config)
+    views = [torch.empty(group.count, channels, group.size, group.size, device="meta") for group in groups]
     wanted = sorted(set(blocks))
 
     def step() -> None:

@@ -38,10 +38,11 @@ def seconds_of(work: Work, calls: int, device: torch.device) -> list[float]:
     """Return the seconds of each call; on CUDA, events are timed, so that the CPU can run ahead as in training."""
     if device.type == "cuda":
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
-        marks[0].record()
+        stream = torch.cuda.current_stream(device)
+        marks[0].record(stream)
         for mark in marks[1:]:
             work()
-            mark.record()
+            mark.record(stream)
         torch.cuda.synchronize(device)
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
     instants = [time.perf_counter()]

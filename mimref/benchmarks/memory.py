@@ -3,7 +3,7 @@
 Memory is predicted from shapes, on any machine and for GPUs of any size; see `peak`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mimref.benchmarks.measure import Facts, Ticks
@@ -80,15 +80,23 @@ WAYS = tuple(Way(recompute, shard) for shard in (False, True) for recompute in (
 
 
 def plan_memory(
-    config: RefineConfig, gpus: Sequence[int], cards: Sequence[int], *, progress: Progress | None = None
+    config: RefineConfig,
+    gpus: Sequence[int],
+    cards: Sequence[int],
+    *,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Predict the peak memory of every way, per number of GPUs and card size in GiB, and whether it fits.
 
     Each way uses the largest micro-batch that fits: a GPU's whole share of the batch, half of it, a quarter, and so on
-    down to 1, which is reported if nothing fits. The plan is for stage 2, which needs more memory than stage 1. The
-    settings' micro-batch and recomputing are ignored. Raises ConfigError for settings that do not fit the encoder or
-    the numbers of GPUs.
+    down to 1, which is reported if nothing fits. The plan is for stage 2, which needs more memory than stage 1. Ways
+    that the encoder does not support are left out; `note` receives the reason, once per number of GPUs. A preset's
+    micro-batch and recomputing are ignored. Raises ConfigError for settings that do not fit the encoder or the numbers
+    of GPUs, and for given ones that would choose a way.
     """
+    if chosen := sorted(config.given & {"micro_batch", "activation_checkpointing", "shard"}):
+        raise ConfigError(f"{chosen[0]} has no effect: all ways of training are predicted; leave it out")
     architecture, blocks = resolve_encoder(config)
     if max(gpus) > config.batch_size:
         raise ConfigError(
@@ -98,11 +106,15 @@ def plan_memory(
     tick = Ticks(progress, 2 * len(gpus))
     rows: list[Row] = []
     for processes in gpus:
-        steps = {}
+        steps: dict[bool, _Steps] = {}
         for recompute in (False, True):
-            steps[recompute] = _steps(config, architecture, blocks, processes, recompute)
+            try:
+                steps[recompute] = _steps(config, architecture, blocks, processes, recompute, note)
+            except ConfigError as error:  # the encoder cannot recompute its activations
+                if note is not None:
+                    note(str(error))
             tick()
-        for way in WAYS if processes > 1 else WAYS[:2]:
+        for way in (each for each in (WAYS if processes > 1 else WAYS[:2]) if each.recompute in steps):
             shards = processes if way.shard else 1
             state = state_bytes(config, architecture, blocks, "encoder", shards=shards)
             beside = exchanged_bytes(config, len(blocks), processes)
@@ -133,6 +145,8 @@ class _Steps:
     """Peak of the encoder's second pass with micro-batches of one image."""
     each: int
     """Added to `one` by each further image of a micro-batch."""
+    smallest: int = 1
+    """Smallest micro-batch: all images if the encoder cannot run in parts."""
 
     def bytes(self, micro: int) -> int:
         """Return the peak of a step, without the state."""
@@ -140,7 +154,12 @@ class _Steps:
 
 
 def _steps(
-    config: RefineConfig, architecture: EncoderArchitecture, blocks: list[int], processes: int, recompute: bool
+    config: RefineConfig,
+    architecture: EncoderArchitecture,
+    blocks: list[int],
+    processes: int,
+    recompute: bool,
+    note: Callable[[str], None] | None = None,
 ) -> _Steps:
     """Predict steps in one pass and in micro-batches of one and two images, from which all others follow linearly."""
     images = -(-config.batch_size // processes)
@@ -159,18 +178,24 @@ def _steps(
             gradients_held=processes > 1,
         )
 
-    whole, one, two = step(None), step(1), step(2)
+    whole = step(None)
+    try:
+        one, two = step(1), step(2)
+    except ConfigError as error:
+        if note is not None:
+            note(str(error))
+        return _Steps(images, whole.whole, 0, 0, 0, smallest=images)
     return _Steps(images, whole.whole, max(one.whole, two.whole), one.parts, two.parts - one.parts)
 
 
 def _largest(
     steps: _Steps, state: StateBytes, beside: int, room: int, *, gradients_held: bool
 ) -> tuple[int, PeakMemory]:
-    """Return the largest micro-batch that fits in `room` bytes, or 1 if none does, and its peak."""
+    """Return the largest micro-batch that fits in `room` bytes, or the smallest if none does, and its peak."""
     micro = steps.images
     while True:
         peak = _peak(state, steps.bytes(micro) + beside, gradients_held=gradients_held)
-        if peak.total <= room or micro == 1:
+        if peak.total <= room or micro == steps.smallest:
             return micro, peak
         micro = half(micro)
 

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mimref.benchmarks.stage import crop_type, image_channels
 from mimref.data.loader import ViewBatch
 from mimref.data.views import Photometric, multi_crop
 from mimref.encoders.backbones import EncoderArchitecture
@@ -108,8 +109,8 @@ def step_peak(
     top_k = config.encoder_stage.top_k if stage == "encoder" else config.heads_stage.top_k
     with fake, _cuda_arithmetic(), counted:
         groups = multi_crop(config.views, architecture.image_size)
-        shapes = [(images, each.count, 3, each.size, each.size) for each in groups]
-        held = [[torch.empty(shape, dtype=torch.uint8) for shape in shapes] for _ in range(_CROPS_HELD)]
+        shapes = [(images, each.count, image_channels(config), each.size, each.size) for each in groups]
+        held = [[torch.empty(shape, dtype=crop_type(config)) for shape in shapes] for _ in range(_CROPS_HELD)]
         batch = ViewBatch(0, torch.arange(images), held[0], [])
         method.forward_backward(batch, torch.ones(len(blocks)), top_k=top_k, train_encoder=stage == "encoder")
     return StepPeak(counted.peak) if method.before is None else StepPeak(method.before, counted.peak)

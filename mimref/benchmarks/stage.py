@@ -10,20 +10,26 @@ import torch
 
 from mimref.benchmarks.measure import PeakMemory
 from mimref.data.loader import ViewBatch
-from mimref.data.sources import ArraySource
+from mimref.data.open import open_source
+from mimref.data.pixels import Decoding
+from mimref.data.sources import ArraySource, ImageSource
 from mimref.data.transforms import EvalTransform
+from mimref.data.views import check_colors
 from mimref.devices import resolve_device
 from mimref.encoders.backbones import EncoderArchitecture, new_encoder
 from mimref.encoders.channels import for_images
 from mimref.encoders.checkpoints import Checkpoint, read_checkpoint
 from mimref.encoders.published import find_published
-from mimref.encoders.settings import architecture_to_train, named_architecture
+from mimref.encoders.settings import architecture_to_train, ignored_settings, named_architecture
+from mimref.encoders.vit import PAPER_SIZES
 from mimref.errors import ConfigError
+from mimref.features.opening import without_limit
 from mimref.progress import Silent
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.heads import head_blocks
 from mimref.refinement.memory import largest_micro_batch, release_memory
 from mimref.refinement.plan import Plan, check_sizes, temperatures
+from mimref.refinement.recipe import fit
 from mimref.refinement.run import build_method
 from mimref.refinement.schedule import StageName
 from mimref.refinement.stages import EncoderStage, HeadsStage, RefinementStage
@@ -44,9 +50,10 @@ def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[Refine
     memory = PeakMemory(device)
     with torch.device(device):
         weights = dict(new_encoder(architecture).model.state_dict())
-    images = _image_list(IMAGENET_IMAGES)
-    checkpoint, transform = Checkpoint(Path("random weights"), weights), EvalTransform(architecture.image_size)
-    plan = Plan(_both_stages(config), checkpoint, architecture, transform, images, [])
+    # One mean and one deviation apply to any number of channels.
+    transform = EvalTransform(architecture.image_size, mean=(0.5,), std=(0.25,))
+    checkpoint = Checkpoint(Path("random weights"), weights)
+    plan = Plan(_both_stages(config), checkpoint, architecture, transform, _imagenet_like(config), [])
     made = HeadsStage if stage == "heads" else EncoderStage
     with tempfile.TemporaryDirectory() as folder:
         method = build_method(plan, Silent(), try_memory=False)
@@ -56,21 +63,65 @@ def ready_stage(config: RefineConfig, stage: StageName) -> Iterator[tuple[Refine
 def resolve_encoder(config: RefineConfig) -> tuple[EncoderArchitecture, list[int]]:
     """Return the encoder's architecture and the block of every head, without reading published weights.
 
-    Encoders for images other than colour are treated as encoders for colour images. Raises ConfigError for settings
-    that do not fit the encoder, CheckpointError for weights from which the architecture cannot be inferred.
+    The encoder is that for images of `data.channels` channels or, if they are not set, of colour. Raises ConfigError
+    for settings that do not fit the encoder, CheckpointError for weights from which the architecture cannot be
+    inferred.
     """
-    weights = config.encoder.weights
-    if weights is None or find_published(weights) is not None:
-        architecture = named_architecture(config.encoder)
-    else:
-        architecture = architecture_to_train(config.encoder, read_checkpoint(weights, config.encoder))
-    architecture = for_images(architecture, 3)
+    architecture, _ = _named_encoder(config)
     check_sizes(config, architecture)
+    check_colors(config.views, image_channels(config))
     if config.heads.blocks == "auto":
         raise ConfigError("heads.blocks = 'auto' needs images, which a benchmark does not read; name the blocks")
     blocks = head_blocks(config.heads.blocks, architecture.depth)
     temperatures(config.heads.temperature, len(blocks))
     return architecture, blocks
+
+
+def fitted(config: RefineConfig, *, read_data: bool) -> tuple[RefineConfig, list[str]]:
+    """Return the settings with which a refinement would run, and a line for each that was derived, adapted or ignored.
+
+    read_data: fit them to the images that they name; otherwise, and if they name none, to images like ImageNet's.
+    Unlike `make_plan`, runs no encoder: a recipe takes the last third of the blocks. A preset's precision stays, as
+    memory is predicted for other machines. Raises UserError subclasses.
+    """
+    architecture, ignored = _named_encoder(config)
+    config, limited = without_limit(config, None) if read_data else (config, [])
+    source = training_images(config) if read_data else _imagenet_like(config)
+    source.labels = None  # for a recipe, which would measure every block of the encoder
+    found, derived = fit(config, architecture, source)
+    kept = [each for each in derived if each.setting != "precision" or each.before is None]
+    if len(kept) < len(derived):
+        found = found.model_copy(update={"precision": config.precision})
+    return found, [*ignored, *map(str, [*limited, *kept])]
+
+
+def _named_encoder(config: RefineConfig) -> tuple[EncoderArchitecture, list[str]]:
+    """Return the encoder's architecture, and warnings about settings that its weights contradict."""
+    settings, weights = config.encoder, config.encoder.weights
+    published = None if weights is None else find_published(weights)
+    if published is not None and published.arch in PAPER_SIZES:
+        settings = settings.model_copy(update={"arch": published.arch, "source": published.source})
+        weights = None
+    if weights is None:
+        return for_images(named_architecture(settings), image_channels(config)), []
+    checkpoint = read_checkpoint(weights, settings)
+    architecture = architecture_to_train(settings, checkpoint)
+    return for_images(architecture, image_channels(config)), ignored_settings(settings, checkpoint)
+
+
+def image_channels(config: RefineConfig) -> int:
+    """Return the number of channels of the images."""
+    return config.data.channels or 3
+
+
+def crop_type(config: RefineConfig) -> torch.dtype:
+    """Return the largest type in which crops reach the device: float32 if the channels' values are kept."""
+    return torch.uint8 if config.data.channels is None else torch.float32
+
+
+def training_images(config: RefineConfig) -> ImageSource:
+    """Return the training images of the settings or, if they name none, images like those of ImageNet."""
+    return _imagenet_like(config) if config.data.spec is None else open_source(config.data, "train")
 
 
 def describe_encoder(architecture: EncoderArchitecture) -> str:
@@ -91,8 +142,8 @@ def synthetic_batch(job: RefinementStage) -> ViewBatch:
     config, generator = job.plan.config, torch.Generator().manual_seed(0)
     crops = []
     for group in job.crops:
-        shape = (config.batch_size, group.count, 3, group.size, group.size)
-        crops.append(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
+        shape = (config.batch_size, group.count, image_channels(config), group.size, group.size)
+        crops.append(torch.randint(256, shape, dtype=crop_type(config), generator=generator))
     batch = ViewBatch(0, torch.arange(config.batch_size), crops, [])
     return batch.pin_memory() if job.device.type == "cuda" else batch
 
@@ -105,7 +156,11 @@ def _both_stages(config: RefineConfig) -> RefineConfig:
     return config.model_copy(update=update)
 
 
-def _image_list(images: int) -> ArraySource:
-    """Make an image source of which only the length matters."""
-    pixels = np.broadcast_to(np.zeros(1, np.uint8), (images, 1, 1))
-    return ArraySource("synthetic", pixels, None, None, "train", np.broadcast_to(np.zeros(1, np.int64), (images,)))
+def _imagenet_like(config: RefineConfig) -> ImageSource:
+    """Make as many images as ImageNet has, of its usual size and of one colour; they take no memory."""
+    levels = np.arange(image_channels(config), dtype=np.uint8) * 64
+    images = np.lib.stride_tricks.as_strided(levels, (IMAGENET_IMAGES, len(levels), 375, 500), (0, 1, 0, 0))
+    rows = np.broadcast_to(np.zeros(1, np.int64), (IMAGENET_IMAGES,))
+    source = ArraySource("images like ImageNet's", images, None, None, "train", rows)
+    source.decoding = Decoding(channels=config.data.channels)
+    return source

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mimref.cli.execution import note
-from mimref.cli.options import Data, Device, MicroBatch, Output, Preset, TrainedEncoder
+from mimref.cli.options import Batch, Data, Device, MicroBatch, Output, Preset, TrainedEncoder
 from mimref.cli.parser import option
 
 if TYPE_CHECKING:
@@ -24,23 +24,32 @@ class BenchmarkOptions(Device, Output):
     pass
 
 
-class StepOptions(TrainedEncoder, MicroBatch, Preset, Output):
-    def load_refine(self) -> "RefineConfig":
-        """Load the settings of the refinement to measure."""
-        from mimref.config.presets import choose_refine_preset
+class _Measured(TrainedEncoder, Batch, Preset, Output):
+    def load_refine(self, *, read_data: bool = False) -> "RefineConfig":
+        """Load the settings of the refinement to measure, fitted to its encoder and its images; see `fitted`."""
         from mimref.refinement.config import RefineConfig
 
-        config = self.load(RefineConfig, choose=lambda: choose_refine_preset(self.preset, self.arch, self.source, None))
+        config = self.load(RefineConfig, choose=self.refine_preset)
         self.check_out()
         self.checks.finish()
+
+        from mimref.benchmarks.stage import fitted
+
+        config, lines = fitted(config, read_data=read_data)
+        for line in lines:
+            note(line, self)
         return config
+
+
+class StepOptions(_Measured, MicroBatch):
+    pass
 
 
 class CostOptions(StepOptions, Data):
     pass
 
 
-class MemoryOptions(StepOptions, panel="Run"):
+class MemoryOptions(_Measured, panel="Run"):
     gpus: str | None = option("Numbers of GPUs; default 1,8,64.", "N,N,...")
     memory: str | None = option("Memory per GPU in GB; default 40,80.", "N,N,...")
 
@@ -116,8 +125,14 @@ def step(options: StepOptions) -> None:
 
     from mimref.benchmarks.heads import benchmark_heads, heads_facts
     from mimref.benchmarks.step import benchmark_step, step_facts
+    from mimref.config.recipe import Recipe
+    from mimref.devices import adapt_precision
     from mimref.reports.terminal import Terminal
 
+    adapt_precision(recipe := Recipe(config))
+    config = recipe.config
+    for derived in recipe.derived:
+        note(str(derived), options)
     started = time.monotonic()
     with Terminal(options.quiet) as terminal:
         steps = benchmark_step(config, progress=partial(terminal.progress, "steps"))
@@ -130,13 +145,14 @@ def step(options: StepOptions) -> None:
 def cost(options: CostOptions) -> None:
     """Estimate the cost of a preset: hours, memory, largest batch.
 
-    Extrapolates a few measured steps to all epochs over the images of --data or, without it, of ImageNet.
+    Extrapolates a few measured steps to all epochs over the images of --data or of the preset; if neither names any,
+    over those of ImageNet.
 
     Examples:
       mimref benchmark cost --preset mae_l16
       mimref benchmark cost --arch vit_b16 --data /data/my_images
     """
-    config = options.load_refine()
+    config = options.load_refine(read_data=True)
 
     from mimref.benchmarks.cost import benchmark_cost, cost_facts
     from mimref.reports.terminal import Terminal
@@ -166,10 +182,11 @@ def everything(options: BenchmarkOptions) -> None:
     started, device, out = time.monotonic(), options.device or "auto", options.out
     if out is not None:
         options.checks.run("out", lambda: check_folder(out, options.force, unfinished=UNFINISHED))
+    facts = options.checks.run("device", lambda: machine_facts(device))
     options.checks.finish()
+    assert facts is not None  # otherwise it has raised
     if out is not None:
         remove_earlier(out)
-    facts = machine_facts(device)
     command = f"mimref {shlex.join(sys.argv[1:])}"
 
     def save(findings: "Sequence[Finding]", finished: bool) -> None:
@@ -211,16 +228,19 @@ def memory(options: MemoryOptions) -> None:
     from mimref.reports.terminal import Terminal
     from mimref.results import remove_earlier, write_results
 
-    started = time.monotonic()
+    started, missing = time.monotonic(), list[str]()
     with Terminal(options.quiet) as terminal:
-        rows = plan_memory(config, gpus, cards, progress=partial(terminal.progress, "simulated steps"))
-    for what, much in memory_facts(rows):
+        progress = partial(terminal.progress, "simulated steps")
+        rows = plan_memory(config, gpus, cards, progress=progress, note=missing.append)
+    reasons = [("not predicted", reason) for reason in dict.fromkeys(missing)]
+    for what, much in [*memory_facts(rows), *reasons]:
         typer.echo(f"{what}: {much}")
     if options.out is not None:
         settings = config.model_dump(mode="json")
         remove_earlier(options.out)
         write_results(options.out, "benchmark memory", settings, time.monotonic() - started, rows)
-        write_bytes(options.out / "results.md", memory_page(rows).encode())
+        page = memory_page(rows) + "".join(f"\nNot predicted: {reason}\n" for _, reason in reasons)
+        write_bytes(options.out / "results.md", page.encode())
         note(f"results in {options.out}", options)
 
 

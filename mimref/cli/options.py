@@ -108,6 +108,18 @@ class Configured(Device):
 class Preset(Configured):
     preset: Text = option("Preset to start from; `mimref presets list` shows all.", "NAME|FILE.toml")
 
+    def refine_preset(self) -> str | None:
+        """Choose the preset of a refinement; None if a recipe derives the settings, for packaged weights by default."""
+        from mimref.config.presets import choose_refine_preset
+
+        arch, source, weights, data = map(
+            self.given, ("encoder.arch", "encoder.source", "encoder.weights", "data.spec")
+        )
+        preset = choose_refine_preset(self.preset, arch, source, weights, data)
+        if preset is None and arch is None and weights is None:
+            self.sets = [*(self.sets or ()), "encoder.weights=quickstart"]
+        return preset
+
 
 class Seed(Configured):
     seed: Text = option("Random seed; default 0.", "N", "seed")

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 DRY_RUN = option("Print all settings and the reasons for them, sizes, steps and time; train nothing.")
 
 
-_CHOOSING = ("encoder.arch", "encoder.source", "encoder.weights", "data.spec")
-"""Settings that choose a preset, if none is named."""
 _PACKAGED = (
     "without --weights, the packaged encoder of digits is refined, which is made for 16 pixels; for other images, pass "
     "--weights, or pre-train an encoder with mimref pretrain"
@@ -72,14 +70,10 @@ class RefineOptions(Weights, MicroBatch, Shard, TrainingOptions, panel="Training
 
     def chosen_preset(self) -> str | None:
         """Choose the preset for the options; None if a recipe derives the settings."""
-        from mimref.config.presets import choose_refine_preset
-
-        arch, source, weights, data = map(self.given, _CHOOSING)
-        preset = choose_refine_preset(self.preset, arch, source, weights, data)
-        if preset is None and arch is None and weights is None:
-            self.weights = "quickstart"
-            if data not in (None, "digits") and os.environ.get("RANK", "0") == "0":
-                note(_PACKAGED, self)
+        named, data = self.given("encoder.arch") or self.given("encoder.weights"), self.given("data.spec")
+        preset = self.refine_preset()
+        if preset is None and named is None and data not in (None, "digits") and os.environ.get("RANK", "0") == "0":
+            note(_PACKAGED, self)
         return preset
 
 

@@ -168,7 +168,7 @@ def _derive_views(recipe: Rules, side: int) -> None:
     if is_character(recipe.config.data):
         recipe.derive("views.flip", 0.0, "a mirrored character is another one")
     if size / 0.875 > side:
-        recipe.derive("data.crop_fraction", 1.0, f"{side} pixels: nothing to cut away")
+        recipe.derive("data.crop_fraction", 1.0, f"{side} pixels: there is no border to crop")
 
 
 def _choose_batch(recipe: Rules, images: int, machine: Machine) -> None:

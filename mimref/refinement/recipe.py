@@ -262,7 +262,7 @@ def _without_colour(channels: int) -> str:
 
 def _derive_evaluation(recipe: Recipe[RefineConfig], images: int, detail: int, crop_known: bool) -> None:
     if detail < SMALL_PIXELS and not crop_known and recipe.config.data.crop_fraction is None:
-        recipe.derive("data.crop_fraction", 1.0, f"{detail} pixels: nothing to cut away")
+        recipe.derive("data.crop_fraction", 1.0, f"{detail} pixels: there is no border to crop")
     if images <= 2 * _FEW:
         recipe.derive("evaluate.splits", 20, "the result of few images depends on the draw")
     every = -(-recipe.config.encoder_stage.epochs // 30)

@@ -3,14 +3,15 @@
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from mimref.benchmarks.suite import run as suite
-from mimref.benchmarks.suite.lines import Line, Part, Threshold
+from mimref.benchmarks.suite.lines import Finding, Line, Part, Threshold
 from mimref.cli import run
 from mimref.results import read_results
 from tests import suite_tasks as tasks
@@ -116,6 +117,33 @@ def test_results_are_not_replaced(
     (tmp_path / "results.json").write_text("{}")
     assert run(["benchmark", "all", "--out", str(tmp_path)]) == 2
     assert "--force" in capsys.readouterr().err
+
+
+def test_earlier_results_survive_a_device_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, [GOOD])
+    arguments = ["benchmark", "all", "--out", str(tmp_path), "--quiet", "--device"]
+    assert run([*arguments, "cpu"]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert run([*arguments, "cuda:99", "--force"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cuda:99" in error
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_all_parts_measure_the_device_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+
+    def run_part(part: Part, device: str, *_: object) -> Iterator[Finding]:
+        found.append(device)
+        return iter(())
+
+    use(monkeypatch, [GOOD])
+    monkeypatch.setattr(suite, "resolve_device", torch.device)
+    monkeypatch.setattr(suite, "run_part", run_part)
+    suite.run_suite("cuda:1")
+    assert found == ["cuda:1"]
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ from mimref.benchmarks.evaluations import Sizes
 from mimref.benchmarks.heads import HeadSizes
 from mimref.benchmarks.views import ViewSizes
 from mimref.cli import run
-from mimref.refinement.config import HeadsConfig
+from mimref.errors import ConfigError
+from mimref.refinement.config import HeadsConfig, RefineConfig
 from tests.cli.evaluations import CHEAP, Passes, line
 from tests.tiny import REFINE, arguments, results, write_images, write_labelled
 
@@ -351,6 +352,36 @@ def test_the_views_are_timed(
     assert "not compared with X: pip install x" in printed.err.splitlines()
     metrics = {row["metric"] for row in results(tmp_path / "out")["metrics"]}
     assert metrics == {"benchmark_views", "benchmark_extraction"}
+
+
+@pytest.mark.parametrize(
+    ("options", "preset", "weights"),
+    [
+        (["--set", "encoder.arch=vit_h14"], "refine/mae_h14", None),
+        (["--set", "encoder.arch=vit_l16", "--set", "encoder.source=d2v2"], "refine/d2v2_l16", None),
+        (["--set", "encoder.weights=mae_b16"], None, "mae_b16"),
+        (["--preset", "recipe"], None, "quickstart"),
+        ([], "refine/quickstart", "quickstart"),
+    ],
+)
+def test_benchmarks_choose_the_preset_as_refine_does(
+    options: list[str],
+    preset: str | None,
+    weights: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found: list[RefineConfig] = []
+
+    def fitted(config: RefineConfig, *, read_data: bool) -> None:
+        found.append(config)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("mimref.benchmarks.stage.fitted", fitted)
+    for command in ("step", "cost", "memory"):
+        assert run(["benchmark", command, *options]) == 2
+        assert "far enough" in capsys.readouterr().err
+    assert {(config.preset, config.encoder.weights) for config in found} == {(preset, weights)}
 
 
 def test_step_and_cost(

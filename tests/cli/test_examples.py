@@ -43,11 +43,9 @@ WORK = (
     "mimref.sharing.push.check_access",
     "mimref.benchmarks.evaluations.benchmark_evaluations",
     "mimref.benchmarks.views.benchmark_views",
-    "mimref.benchmarks.step.benchmark_step",
-    "mimref.benchmarks.cost.benchmark_cost",
+    "mimref.benchmarks.stage.fitted",
     "mimref.benchmarks.suite.run.run_suite",
     "mimref.doctor.diagnosis.diagnose",
-    "mimref.benchmarks.memory.plan_memory",
 )
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
+import torch
+
 from mimref.benchmarks.suite.lines import Task
 from mimref.errors import UserError
 
@@ -37,12 +39,15 @@ def work(tasks: Sequence[Task], device: str, pipe: Connection, log: str | None, 
     for stream in (1, 2):
         os.dup2(output, stream)
     faulthandler.enable()
+    target = torch.device(device)
+    if target.type == "cuda" and target.index is not None:
+        torch.cuda.set_device(target)  # `cuda` means this GPU from now on
     pipe.send(Done())
     for task in tasks:
         sys.stderr.write(f"--- {', '.join(line.name for line in task.lines)}\n")
         fault = ""
         try:
-            for found in task.measure(device):
+            for found in task.measure(target.type):
                 pipe.send(found)
         except Exception as error:  # a library or driver may raise anything
             traceback.print_exc()

@@ -36,9 +36,9 @@ def run_suite(
     logs: folder for the output of the parts. Raises ConfigError if the device is missing, and Interrupted when
     stopped; `save` has then received everything found before.
     """
-    listener, kind = listener or Silent(), resolve_device(device).type
+    listener, target = listener or Silent(), resolve_device(device)
     # Nothing has been measured on MPS yet, so it uses the sizes of a CPU.
-    sizes = "cuda" if kind == "cuda" else "cpu"
+    sizes = "cuda" if target.type == "cuda" else "cpu"
     parts = parts_for(sizes)
     total = sum(len(task.lines) for part in parts for task in part.tasks)
     found: list[Finding] = []
@@ -46,7 +46,7 @@ def run_suite(
     try:
         with stop_signal():
             for part in parts:
-                for finding in run_part(part, kind, deadline, logs):
+                for finding in run_part(part, str(target), deadline, logs):
                     found.append(finding)
                     listener.progress("measurements", len(found), total)
                     if save is not None:
@@ -164,7 +164,7 @@ class _Child:
 
 def _context(device: str) -> ForkServerContext | SpawnContext:
     """Return a start method: a preloaded fork server saves seconds, but CUDA cannot be used in a forked process."""
-    if device != "cpu":
+    if torch.device(device).type != "cpu":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mimref.benchmarks.suite.parts"])

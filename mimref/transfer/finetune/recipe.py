@@ -61,7 +61,7 @@ def fit(
     adapt_precision(recipe)
     side = seen.side or architecture.image_size
     if not crop_known and recipe.config.data.crop_fraction is None and 0.875 * side < architecture.image_size:
-        recipe.derive("data.crop_fraction", 1.0, f"{side} pixels: nothing to cut away")
+        recipe.derive("data.crop_fraction", 1.0, f"{side} pixels: there is no border to crop")
     return recipe.finish(), recipe.derived
 
 
