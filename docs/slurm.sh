@@ -6,7 +6,7 @@ trap 'kill -TERM "$run"; wait "$run"; scontrol requeue "$SLURM_JOB_ID"' USR1 TER
 # Seconds to save in. Releases of torchrun before 2026 lack this variable and allow 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-resume=$([ -d "$OUT/state" ] && echo --resume)
+resume=$([ -f "$OUT/config.toml" ] && echo --resume)
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d \
     --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" \
     -m mimref refine --arch vit_l16 --source mae --data /data/imagenet --out "$OUT" $resume &

@@ -39,6 +39,12 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     monkeypatch.setenv("MIMREF_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{next(_number)}"))
 
 
+@pytest.fixture(autouse=True)
+def states_after_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save after every epoch, as runs with longer epochs do: those of tests take less time than a save."""
+    monkeypatch.setattr("mimref.training.job.SAVE_COST", 0.0)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in RANKS)
 

@@ -73,7 +73,7 @@ def run_killed(line: Sequence[str], killer: Killer, kills: int) -> int:
     """Run a command line until it has finished, killing it up to `kills` times. Returns the number of kills."""
     done = 0
     while True:
-        begun = any((killer.out / name).exists() for name in ("state", "metrics.jsonl", "results.json"))
+        begun = any((killer.out / name).exists() for name in ("config.toml", "metrics.jsonl", "results.json"))
         started = time.monotonic()
         process = start([*line, "--resume"] if begun else line)
         hit = killer.kill(process) if done < kills else None

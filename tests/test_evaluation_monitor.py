@@ -45,13 +45,14 @@ def monitor(
     knn_samples: int = 10_000,
     view_samples: int = 1000,
     k: int = 10,
+    tau: float = 0.07,
     note: Callable[[str], None] = pytest.fail,
     **data: Any,
 ) -> KnnMonitor:
     config = RunConfig(
         data=DataConfig(spec=str(spec), **data),
         monitor=MonitorConfig(knn_samples=knn_samples, view_samples=view_samples),
-        evaluate=EvaluateConfig(knn_k=k),
+        evaluate=EvaluateConfig(knn_k=k, knn_tau=tau),
         workers=0,
     )
     return KnnMonitor(config, open_source(config.data, "train"), TRANSFORM, CPU, torch.float32, note=note)
@@ -169,6 +170,13 @@ def test_more_classes_than_the_subset_holds(tmp_path: Path) -> None:
     assert "knn_top1" in monitor(tmp_path, knn_samples=6, k=3).check(encoder())
     # With a single class in memory, the score would be meaningless.
     assert "knn_top1" not in monitor(tmp_path, knn_samples=1).check(encoder())
+
+
+def test_neighbours_vote_with_the_temperature_of_the_settings(tmp_path: Path) -> None:
+    x, y = np.array([[1, 0], [0.9, 0.4], [0.9, -0.4]], np.float32), np.array([0, 1, 1])
+    for tau, expected in ((0.01, 100), (10.0, 0)):  # the nearest neighbour decides, or the majority
+        watched = monitor(write_labelled(tmp_path / f"{tau}"), k=3, tau=tau)
+        assert watched.knn_top1(x, y, x[:1], y[:1]) == expected
 
 
 def test_unknown_classes_are_left_out(tmp_path: Path) -> None:

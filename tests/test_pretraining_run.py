@@ -166,6 +166,13 @@ def test_settings_of_the_other_objective_are_refused(data: Path) -> None:
         make_plan(simmim_config(data, preset="any", strict=True, simmim__warmup_epochs=4), Silent(), Checks())
 
 
+def test_views_that_pretraining_does_not_make_are_refused(data: Path) -> None:
+    made = pretrain_config(data, views__flip=0.0, views__aspect_ratio=[1.0, 1.0], views__color=True).views
+    assert (made.flip, made.aspect_ratio) == (0.0, (1.0, 1.0))
+    with pytest.raises(ConfigError, match=r"^views\.global_size, views\.blur: .* flip and aspect_ratio "):
+        pretrain_config(data, views__global_size=30, views__blur=False)
+
+
 def test_half_precision_weights_are_the_rounded_ones(whole: Path, config: PretrainConfig, tmp_path: Path) -> None:
     section = config.masking.model_copy(update={"save_dtype": "fp16"})
     half = config.model_copy(update={config.objective: section})

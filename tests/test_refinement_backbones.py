@@ -140,6 +140,24 @@ def test_layers_that_timm_does_not_say_are_refused_before_training(
     assert [(group["lr_scale"], group["weight_decay"]) for group in groups] == [(1, 0.1), (1, 0)]
 
 
+def test_models_that_cannot_recompute_their_blocks_are_refused_before_training(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = write_backbone(tmp_path / "base.safetensors", FAMILIES["swin"])
+    config = config_of("swin", weights, data, activation_checkpointing=True)
+    make_plan(config)
+
+    def refuse(self: SwinTransformer, enable: bool = True) -> None:
+        assert not enable, "gradient checkpointing not supported"  # as timm's Twins and CoaT do
+
+    monkeypatch.setattr(SwinTransformer, "set_grad_checkpointing", refuse)
+    with pytest.raises(ConfigError, match=r"^activation_checkpointing: .* swin_tiny_.*set it to false$"):
+        make_plan(config)
+    monkeypatch.delattr(SwinTransformer, "set_grad_checkpointing")
+    with pytest.raises(ConfigError, match=r"^activation_checkpointing: "):
+        make_plan(config)
+
+
 @pytest.mark.parametrize(
     ("name", "num_heads"), [("hiera_mae", None), ("swinv2", None), ("beit", None), ("dinov3", 4), ("dinov3", 2)]
 )

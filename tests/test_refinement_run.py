@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mimref.config.load import load_config
-from mimref.errors import ConfigError, DataError, Interrupted, OutputError
+from mimref.errors import CheckpointError, ConfigError, DataError, Interrupted, OutputError
 from mimref.refinement.config import RefineConfig
 from mimref.refinement.run import refine
 from mimref.training.run import TrainingResult
@@ -257,6 +257,15 @@ def test_a_run_goes_on_with_other_images_but_not_with_more(weights: Path, tmp_pa
     watcher = Watcher()
     refine(config, tmp_path / "out", resume=True, listener=watcher)
     assert any("image files have changed since the run was started" in warning for warning in watcher.warnings)
+
+
+def test_a_run_does_not_go_on_from_other_weights(data: Path, tmp_path: Path) -> None:
+    config = refine_config(write_weights(tmp_path / "base.safetensors"), data)
+    with pytest.raises(Interrupted):
+        refine(config, tmp_path / "out", listener=signal_at(1))
+    write_weights(tmp_path / "base.safetensors", seed=1)
+    with pytest.raises(CheckpointError, match=r"base\.safetensors holds other weights"):
+        refine(config, tmp_path / "out", resume=True)
 
 
 def test_a_run_that_is_not_resumed_is_not_touched(config: RefineConfig, whole: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from mimref.refinement.config import RefineConfig
 from mimref.refinement.method import Method, StepValues
 from mimref.refinement.plan import make_plan
 from mimref.refinement.run import build_method, refine
+from mimref.refinement.stages import RefinementStage
 from mimref.results import Row
 from tests.tiny import (
     ARCHITECTURE,
@@ -133,6 +134,25 @@ def test_heads_from_other_images_forget_whose_rows_the_queue_holds(
     config = refine_config(weights, fewer, stage="encoder", heads_from=str(stage_1))
     refine(config, tmp_path / "out", listener=watcher)
     assert any("its queue was filled from other images" in warning for warning in watcher.warnings)
+
+
+def test_a_run_resumed_with_other_images_forgets_whose_rows_the_queue_holds(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, resume, found = write_labelled(tmp_path / "data"), RefinementStage.resume, list[bool]()
+
+    def watched(stage: RefinementStage, state: dict[str, Any]) -> None:
+        resume(stage, state)
+        found.append(bool((stage.method.queue.sample_Q < 0).all()))
+
+    monkeypatch.setattr(RefinementStage, "resume", watched)
+    config = refine_config(weights, data)
+    for step in (4, 5, 6):
+        if step == 6:
+            (data / "train" / "a" / "000.png").rename(data / "train" / "a" / "new.png")
+        with pytest.raises(Interrupted):
+            refine(config, tmp_path / "out", resume=step > 4, listener=signal_at(step))
+    assert found == [False, True]
 
 
 def test_a_sweep_of_temperatures_is_one_run_with_a_ranking(weights: Path, data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -71,6 +72,7 @@ def test_two_runs_in_one_folder(
     line = [*tiny.line(tmp_path), *([option] if option else [])]
     if option:
         (tmp_path / "state").mkdir()
+        shutil.copy(tiny.whole / "config.toml", tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert run(line) == 2
     message = error_line(capsys)

@@ -17,11 +17,14 @@ import torch
 
 from mimref.config.base import dump_config
 from mimref.config.load import load_config
-from mimref.errors import ConfigError, Interrupted, OutputError
+from mimref.encoders.checkpoints import Checkpoint
+from mimref.errors import CheckpointError, ConfigError, Interrupted, OutputError
 from mimref.refinement.config import RefineConfig
 from mimref.training.folder import RunFolder, with_absolute_paths
 from mimref.training.log import MetricsLog
 from mimref.training.signals import StopSignal, stop_signal
+from tests.faults import Mortal
+from tests.tiny import Killed
 
 CONFIG = RefineConfig()
 
@@ -59,8 +62,9 @@ def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
         ("state/step0000000003.pt", False, "unfinished run.*--resume.*--force"),
         ("metrics.jsonl", False, "unfinished run"),
         ("encoder.safetensors", False, "encoder.safetensors.*--out.*--force"),
-        ("config.toml", False, "config.toml"),
+        ("config.toml", False, "unfinished run"),
         ("notes.txt", True, "no run to resume.*--resume"),
+        ("state/probe.pt", True, r"no settings to resume.*config\.toml.*--out.*--force"),
     ],
 )
 def test_occupied_folders_are_refused(held: str, resume: bool, message: str, tmp_path: Path) -> None:
@@ -135,10 +139,43 @@ def test_resume_names_the_setting_that_changed(tmp_path: Path) -> None:
     for part in (str(tmp_path), "heads.temperature", "0.2", "0.3", "--out"):
         assert part in str(caught.value)
     free = changed(
-        workers=3, preset="x", device="cpu", data={"max_bad": 7}, evaluate={"splits": 9}, monitor={"log_every": 1}
+        workers=3,
+        preset="x",
+        device="cpu",
+        data={"max_bad": 7},
+        evaluate={"splits": 9},
+        monitor={"log_every": 1},
+        heads_stage={"knn_every_epochs": 3},
     )
     folder.prepare(free, resume=True, force=False)
     assert load_config(RefineConfig, str(tmp_path / "config.toml")) == free
+
+
+def test_resume_needs_the_weights_of_the_start(tmp_path: Path) -> None:
+    folder, checkpoint = RunFolder(tmp_path), Checkpoint(Path("base.pt"), {"w": torch.zeros(3)})
+    folder.prepare(CONFIG, checkpoint=checkpoint, resume=False, force=False)
+    moved = Checkpoint(Path("moved.pt"), {"w": torch.zeros(3)})
+    folder.prepare(CONFIG, checkpoint=moved, resume=True, force=False)
+    other = Checkpoint(Path("base.pt"), {"w": torch.ones(3)})
+    with pytest.raises(CheckpointError, match=r"cannot resume .*: base\.pt holds other weights .*--out"):
+        folder.prepare(CONFIG, checkpoint=other, resume=True, force=False)
+    # Older versions recorded none.
+    origin = tmp_path / "state" / "origin.json"
+    origin.write_text(json.dumps({"preset": None, "derived": []}))
+    folder.prepare(CONFIG, checkpoint=other, resume=True, force=False)
+    assert json.loads(origin.read_text())["weights"] == other.fingerprint
+
+
+def test_a_run_killed_at_its_start_can_be_resumed_with_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    for kill_after in (0, 1):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(os, "replace", Mortal(kill_after)(os.replace))
+            folder.prepare(CONFIG, resume=False, force=False)
+        assert folder.unfinished == (tmp_path / "config.toml").exists() == bool(kill_after)
+        folder.check(resume=folder.unfinished, force=False)
 
 
 def test_a_damaged_config_is_named(tmp_path: Path) -> None:

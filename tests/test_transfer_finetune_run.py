@@ -17,7 +17,7 @@ from mimref.config.load import load_config
 from mimref.data.open import open_source
 from mimref.encoders.checkpoints import read_checkpoint
 from mimref.encoders.classifier import read_classifier
-from mimref.errors import Checks, ConfigError, DataError, Interrupted, OutputError, UserErrors
+from mimref.errors import CheckpointError, Checks, ConfigError, DataError, Interrupted, OutputError, UserErrors
 from mimref.evaluation.lowshot.protocol import draw_split
 from mimref.evaluation.lowshot.split_files import read_split_files
 from mimref.progress import Silent
@@ -113,6 +113,15 @@ def test_interrupted_and_resumed_equals_uninterrupted(folder: Path, whole: Path,
     finetune(config_of(folder), tmp_path, resume=True)
     assert_same_run(tmp_path, whole)
     assert not (tmp_path / "state").exists()
+
+
+def test_a_run_does_not_go_on_from_other_weights(folder: Path, tmp_path: Path) -> None:
+    config = finetune_config(write_weights(tmp_path / "base.safetensors"), folder / "data")
+    with pytest.raises(Interrupted):
+        finetune(config, tmp_path / "out", listener=signal_at(1, what="fine-tuning"))
+    write_weights(tmp_path / "base.safetensors", seed=1)
+    with pytest.raises(CheckpointError, match=r"base\.safetensors holds other weights"):
+        finetune(config, tmp_path / "out", resume=True)
 
 
 def assert_same_splits(out: Path, other: Path) -> None:

@@ -185,6 +185,7 @@ def run_folder(config: "TrainingConfig", options: TrainingOptions) -> Path:
 
 def run_training(training: "Callable[..., TrainingResult]", config: "TrainingConfig", options: TrainingOptions) -> bool:
     """Train in all processes that torchrun has started; the first one prints. Returns whether this is the first."""
+    from mimref.config.load import load_config
     from mimref.reports.terminal import print_rows
     from mimref.training.folder import RunFolder
 
@@ -193,6 +194,8 @@ def run_training(training: "Callable[..., TrainingResult]", config: "TrainingCon
     def work(config: "TrainingConfig", listener: "Listener", checks: Checks) -> "TrainingResult":
         # torchrun restarts all processes when one has died, with the same command.
         again = RunFolder(out).continues_launch()
+        if again:  # a recipe may derive other settings for another number of processes
+            config = load_config(type(config), str(out / "config.toml"))
         resume, force = options.resume or again, options.force and not again
         return training(config, out, resume=resume, force=force, listener=listener, checks=checks)
 

@@ -194,6 +194,20 @@ def _shapes(architecture: BackboneArchitecture) -> _Shapes:
     )
 
 
+def check_checkpointing(architecture: "EncoderArchitecture") -> None:
+    """Raise ConfigError if timm cannot recompute the model's blocks in the backward pass."""
+    if isinstance(architecture, BackboneArchitecture):
+        with torch.device("meta"):
+            _checkpoint(architecture.build(), architecture.name)
+
+
+def _checkpoint(model: Any, name: str) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:  # absent, or refused
+        raise ConfigError(f"activation_checkpointing: timm has none for {name}; set it to false") from error
+
+
 class TimmBackbone(nn.Module):
     """A timm model that returns the tokens of any block or stage; `model` keeps timm's parameter names.
 
@@ -229,11 +243,9 @@ class TimmBackbone(nn.Module):
 
     @checkpointing.setter
     def checkpointing(self, enable: bool) -> None:
-        self._checkpointing = enable
-        if enable and not hasattr(self.model, "set_grad_checkpointing"):
-            raise ConfigError(f"activation_checkpointing: timm has none for {self.architecture.name}; set it to false")
         if enable:
-            self.model.set_grad_checkpointing(True)
+            _checkpoint(self.model, self.architecture.name)
+        self._checkpointing = enable
 
     @property
     def block_modules(self) -> list[nn.Module]:

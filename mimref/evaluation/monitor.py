@@ -78,7 +78,7 @@ class KnnMonitor:
             max_bad=data.max_bad,
             decode_on=decoding_device(data, device),
         )
-        self.k = config.evaluate.knn_k
+        self.k, self.tau = config.evaluate.knn_k, config.evaluate.knn_tau
         self.train = fixed_subset(train, config.monitor.knn_samples)
         self.val = _validation(config, train, note)
         """All validation images, if they can be used for k-NN."""
@@ -140,7 +140,7 @@ class KnnMonitor:
         if not len(known) or len(np.unique(train_y)) < 2:
             return math.nan
         device, k = self.settings.device.type, min(self.k, len(train_y))
-        return knn_accuracy(train_x, train_y, test_x[known], test_y[known], k=k, device=device)
+        return knn_accuracy(train_x, train_y, test_x[known], test_y[known], k=k, tau=self.tau, device=device)
 
 
 # Shares of the starting values below which features count as collapsed. Healthy refinement stays far above: neighbours

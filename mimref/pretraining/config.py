@@ -5,9 +5,11 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from mimref.config.base import AreaRange, Section
-from mimref.config.run import DecoderConfig, RunConfig
+from mimref.config.run import DecoderConfig, RunConfig, ViewsConfig
 
 Objective = Literal["mae", "simmim"]
+_VIEWS = ("flip", "aspect_ratio")
+"""Settings of views that apply to the crops of masked image modelling."""
 
 
 class MaskingConfig(Section):
@@ -64,6 +66,17 @@ class PretrainConfig(RunConfig):
     def masking(self) -> MaskingConfig:
         """The section of the objective."""
         return self.mae if self.objective == "mae" else self.simmim
+
+    @model_validator(mode="after")
+    def _check_views(self) -> Self:
+        default = ViewsConfig()
+        fields = [name for name in ViewsConfig.model_fields if name not in _VIEWS]
+        if idle := [f"views.{name}" for name in fields if getattr(self.views, name) != getattr(default, name)]:
+            raise ValueError(
+                f"{', '.join(idle)}: no effect in pretrain, which reads only {' and '.join(_VIEWS)} of views; omit "
+                f"{'it' if len(idle) == 1 else 'them'}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_objective(self) -> Self:

@@ -12,7 +12,7 @@ from mimref.data.sources import ImageSource
 from mimref.data.transforms import EvalTransform
 from mimref.data.views import CropGroup, check_colors, multi_crop
 from mimref.devices import resolve_device, resolve_precision
-from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder, patch_shapes
+from mimref.encoders.backbones import EncoderArchitecture, TokenEncoder, check_checkpointing, patch_shapes
 from mimref.encoders.checkpoints import Checkpoint, encoder_from
 from mimref.encoders.parameters import check_layers
 from mimref.encoders.settings import ignored_settings, resolved_settings
@@ -139,6 +139,8 @@ def _open(config: RefineConfig, progress: LabelledProgress | None, checks: Check
         if config.epochs["encoder"]:
             decay = config.encoder_stage.layer_decay
             checks.run("encoder_stage.layer_decay", partial(check_layers, architecture, decay))
+    if architecture is not None and config.activation_checkpointing:
+        checks.run("activation_checkpointing", partial(check_checkpointing, architecture))
     if sources and known:
         images = len(sources["train"])
         _check_counts(with_counts(config, images), images, checks)

@@ -72,7 +72,7 @@ def refine(
         monitor = KnnMonitor(plan.config, plan.source, plan.transform, device, precision, note=note)
         if plan.config.heads_from is not None and state is None:
             load_heads(Path(plan.config.heads_from), plan, method, run.listener)
-        with run.writing(plan.config, plan.derived, state):
+        with run.writing(plan.config, plan.derived, state, plan.checkpoint):
             trained = _train(run, plan, method, monitor, state)
         del method  # its device must now hold whole encoders
         if not run.leave_group():

@@ -111,6 +111,8 @@ class RefinementStage(Stage):
         self.nn_accuracy = state["nn_accuracy"]
         self.method.load_heads(state["heads"])
         self.method.queue.load_state_dict(state["queue"])
+        if state["images"][1] != self.source.fingerprint:  # the indices are of other images
+            self.method.queue.sample_Q.fill_(-1)
 
 
 class HeadsStage(RefinementStage):

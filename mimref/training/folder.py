@@ -1,16 +1,16 @@
 """A run's output folder: who may write into it, and its saved states.
 
-A folder is finished if it holds results.json, and unfinished if it holds state/ or a log without results. The newest
-two states are kept, because a file can be damaged after it was written. In a process group rank 0 writes for all.
-States of sharded runs are an exception: each is a folder into which every rank writes its part, in the background.
+A folder is finished if it holds results.json, and unfinished if it holds config.toml, state/ or a log without results.
+The newest two states are kept, because a file can be damaged after it was written. In a process group rank 0 writes for
+all. States of sharded runs are an exception: each is a folder into which every rank writes its part, in the background.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,8 +21,9 @@ from mimref.config.run import TrainingConfig
 from mimref.data.open import absolute_spec
 from mimref.distributed.collectives import barrier, gather_lists, max_over_ranks
 from mimref.distributed.group import own_rank, restarted, this_launch
+from mimref.encoders.checkpoints import Checkpoint
 from mimref.encoders.published import PACKAGED
-from mimref.errors import ConfigError, DataError, OutputError
+from mimref.errors import CheckpointError, ConfigError, DataError, OutputError
 from mimref.files import check_writable, remove_halves, replace_folder, write_bytes
 from mimref.locks import folder_lock
 from mimref.progress import Listener
@@ -55,6 +56,7 @@ _MAY_CHANGE = (
     "activation_checkpointing",
     "shard",
     "compile",
+    "heads_stage.knn_every_epochs",
     "monitor.*",
     _EVALUATION,
     "data.max_bad",
@@ -70,6 +72,8 @@ class Origin:
     preset: str | None
     derived: list[dict[str, Any]]
     """Settings that a recipe has derived or adapted."""
+    weights: str | None = None
+    """Fingerprint of the weights that the run starts from; None if they are random, or in folders of older versions."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ class RunFolder:
     @property
     def unfinished(self) -> bool:
         """Whether a run was started here but has not finished."""
-        return not self.finished and any(os.path.exists(self.path / name) for name in ("state", "metrics.jsonl"))
+        names = ("config.toml", "state", "metrics.jsonl")
+        return not self.finished and any(os.path.exists(self.path / name) for name in names)
 
     def continues_launch(self) -> bool:
         """Return whether torchrun has restarted this process on a run that the same launch started or resumed here.
@@ -123,6 +128,11 @@ class RunFolder:
             raise OutputError(
                 f"{self.path}: holds no run to resume; name its folder with --out, or omit --resume to start one"
             )
+        if resume and not self.finished and not os.path.isfile(self.path / "config.toml"):
+            raise OutputError(
+                f"{self.path}: holds no settings to resume (config.toml is missing); choose another --out, or --force "
+                "instead of --resume to start over"
+            )
         if resume or force:
             return
         if self.finished:
@@ -158,22 +168,30 @@ class RunFolder:
         return None
 
     def prepare(
-        self, config: TrainingConfig, derived: Sequence[Mapping[str, Any]] = (), *, resume: bool, force: bool
+        self,
+        config: TrainingConfig,
+        derived: Sequence[dict[str, Any]] = (),
+        checkpoint: Checkpoint | None = None,
+        *,
+        resume: bool,
+        force: bool,
     ) -> None:
         """Prepare the folder; write config.toml and the origin of its settings.
 
-        For a resumed run, the settings are first compared with the old ones. force: remove an earlier run's own files
-        and nothing else. Raises OutputError if the folder cannot be written, ConfigError if a setting that affects
-        training has changed.
+        checkpoint: the weights that the run starts from, if any. For a resumed run, settings and weights are first
+        compared with the old ones. force: remove an earlier run's own files and nothing else. Raises OutputError if the
+        folder cannot be written, ConfigError if a setting that affects training has changed, CheckpointError if the
+        weights have.
         """
         if own_rank() == 0:
             text = dump_config(config).encode()
             if resume and (self.path / "config.toml").is_file():
-                self._compare(config)
+                self._compare(config, checkpoint)
             self._make_ready(force)
-            origin = {"preset": config.preset, "derived": derived}
-            write_bytes(self.path / "state" / "origin.json", json.dumps(origin).encode())
+            # First: without it, nothing else in the folder can be resumed.
             write_bytes(self.path / "config.toml", text)
+            origin = Origin(config.preset, [*derived], None if checkpoint is None else checkpoint.fingerprint)
+            write_bytes(self.path / "state" / "origin.json", json.dumps(asdict(origin)).encode())
             if launch := this_launch():
                 write_bytes(self.path / "state" / "launch.json", json.dumps(launch).encode())
         barrier()
@@ -187,7 +205,7 @@ class RunFolder:
                         file.unlink(missing_ok=True)
                 if state.is_dir():
                     shutil.rmtree(state)
-            state.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             # Remove files that a killed run has left half-written.
             for name in _OUR_FILES:
                 remove_halves(self.path, name)
@@ -195,8 +213,14 @@ class RunFolder:
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from error
 
-    def _compare(self, config: TrainingConfig) -> None:
-        check_same(load_config(type(config), str(self.path / "config.toml")), config, f"cannot resume {self.path}")
+    def _compare(self, config: TrainingConfig, checkpoint: Checkpoint | None) -> None:
+        wrong, origin = f"cannot resume {self.path}", self.origin()
+        check_same(load_config(type(config), str(self.path / "config.toml")), config, wrong)
+        if checkpoint and origin and origin.weights not in (None, checkpoint.fingerprint):
+            raise CheckpointError(
+                f"{wrong}: {checkpoint.path} holds other weights than at its start; restore them, or start over in "
+                "another --out"
+            )
 
     def save_state(self, state: Callable[[], dict[str, Any]]) -> None:
         """Save the training state atomically, and keep the previous one as a fallback.

@@ -23,7 +23,7 @@ from mimref.progress import Listener
 from mimref.training.optim import adamw, set_learning_rate
 from mimref.training.signals import StopSignal
 
-# Epochs can take hours. Saving takes at most about 5% of the time.
+# Epochs can take hours, or less time than a save. Saving takes at most about 5% of the time.
 SAVE_EVERY_S = 600.0
 SAVE_COST = 20.0
 # Exchanged between ranks in place of a signal's number when a save is due; no caught signal has this number.
@@ -42,7 +42,7 @@ class Job(ABC, Generic[Batch]):
     """Number of updates in the whole job."""
     steps_per_epoch: int
     saves_every_epoch = True
-    """False if epochs are shorter than a save."""
+    """Whether the state is saved after epochs as well, and not only every ten minutes."""
     step = 0
     """Updates done."""
     elapsed_s = 0.0
@@ -85,11 +85,11 @@ def train(
 ) -> None:
     """Run a job's remaining batches.
 
-    The state is saved after every epoch, every ten minutes and on a signal, but never if the loss or the weights are
-    not finite. A single process also saves when a loader process dies or hangs. stop: catches signals, and makes all
-    ranks save and stop at the same step; without it, signals stop the work where they arrive, and no other rank is
-    involved. Raises DivergenceError, DataError if a loader process dies or hangs, and Interrupted after saving on a
-    signal.
+    The state is saved after epochs and every ten minutes, as long as saving takes at most about 5% of the time; and at
+    the end and on a signal; but never if the loss or the weights are not finite. A single process also saves when a
+    loader process dies or hangs. stop: catches signals, and makes all ranks save and stop at the same step; without it,
+    signals stop the work where they arrive, and no other rank is involved. Raises DivergenceError, DataError if a
+    loader process dies or hangs, and Interrupted after saving on a signal.
     """
     if stop is None:
         _run(job, batches, listener, None, log_every)
@@ -114,7 +114,8 @@ def _run(
 ) -> None:
     """Run the loop until all updates are done or a signal arrives."""
     started = time.monotonic() - job.elapsed_s
-    due = time.monotonic() + SAVE_EVERY_S
+    epoch_due = time.monotonic()
+    due = epoch_due + SAVE_EVERY_S
 
     def save() -> None:
         job.elapsed_s = time.monotonic() - started
@@ -129,11 +130,12 @@ def _run(
             job.write_log()
         listener.progress(job.label, job.step, job.total)
         epoch_done = job.step % job.steps_per_epoch == 0
+        late = time.monotonic() >= (epoch_due if epoch_done and job.saves_every_epoch else due)
         # The signal that any rank has received, `_DUE` when a save is due, else 0.
-        request = _DUE if time.monotonic() >= due or job.save_failed else 0
+        request = _DUE if late or job.step == job.total or job.save_failed else 0
         if stop:
             request = max_over_ranks(stop.number or request)
-        if not (request or job.step == job.total or (epoch_done and job.saves_every_epoch)):
+        if not (request or epoch_done):
             continue
         if stop and request > _DUE:
             stop.number = request
@@ -142,9 +144,13 @@ def _run(
         job.check_weights()
         if epoch_done:
             job.end_epoch(job.step // job.steps_per_epoch)
+        if not request:
+            continue
         before = time.monotonic()
         save()
-        due = time.monotonic() + max(SAVE_EVERY_S, SAVE_COST * (time.monotonic() - before))
+        now = time.monotonic()
+        epoch_due = now + SAVE_COST * (now - before)
+        due = max(epoch_due, now + SAVE_EVERY_S)
         if stop and (request := max_over_ranks(stop.number or 0)):
             stop.number = request
             return

@@ -25,6 +25,7 @@ from mimref.devices import resolve_device
 from mimref.distributed.collectives import barrier
 from mimref.distributed.group import end_group, own_rank, world_size
 from mimref.distributed.sharding import check_sharding, device_mesh, like
+from mimref.encoders.checkpoints import Checkpoint
 from mimref.errors import Checks
 from mimref.progress import Listener, Silent
 from mimref.results import Finished, Row, Tabular, read_results, write_results
@@ -115,11 +116,16 @@ class TrainingRun:
 
     @contextmanager
     def writing(
-        self, config: TrainingConfig, derived: Sequence[Derived], state: Mapping[str, Any] | None
+        self,
+        config: TrainingConfig,
+        derived: Sequence[Derived],
+        state: Mapping[str, Any] | None,
+        checkpoint: Checkpoint | None = None,
     ) -> Iterator[None]:
         """Write config.toml with the resolved settings, and keep the log open while jobs train.
 
-        derived: settings that a recipe has derived. A resumed run reads them and the preset from its saved files: the
+        derived: settings that a recipe has derived. checkpoint: the weights that the run starts from; a resumed run
+        needs the same. It reads them and the preset from its saved files: the
         config.toml from which it continues names no preset.
         """
         origin = self.folder.origin() if self.resume else None
@@ -130,7 +136,7 @@ class TrainingRun:
             self.derived = origin.derived
         elif state is not None:
             self.derived = state.get("derived", [])  # missing in states of older versions
-        self.folder.prepare(self.config, self.derived, resume=self.resume, force=self.force)
+        self.folder.prepare(self.config, self.derived, checkpoint, resume=self.resume, force=self.force)
         if self.sharded:
             from mimref.training.saver import StateSaver  # imports much that other runs do not need
 

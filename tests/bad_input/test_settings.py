@@ -118,3 +118,13 @@ def test_resume_without_a_run(settings: dict[str, Any], tmp_path: Path, capsys: 
     assert run([*arguments("refine", tmp_path / "out", settings), "--resume"]) == 2
     assert "--resume" in one_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["refine", "pretrain", "finetune"])
+def test_resume_without_settings(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "probe.pt").touch()  # of another command
+    assert run([command, "--resume", "--out", str(tmp_path)]) == 2
+    message = one_line(capsys)
+    assert all(part in message for part in (str(tmp_path), "config.toml", "--out", "--force"))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["probe.pt", "state"]

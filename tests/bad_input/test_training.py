@@ -87,6 +87,7 @@ def test_a_log_that_cannot_be_written(
 def test_a_damaged_state_or_log_or_config(line_for: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "step0000000008.pt").write_bytes(b"damaged")
+    (tmp_path / "config.toml").touch()
     assert run([*line_for(tmp_path), "--resume"]) == 2
     message = error_line(capsys)
     assert "step0000000008.pt" in message and "--force" in message

@@ -11,7 +11,11 @@ import pytest
 from PIL import Image
 
 from mimref.cli import run
+from mimref.config.base import dump_config
+from mimref.config.load import load_config
+from mimref.refinement.config import RefineConfig
 from mimref.reports import terminal
+from mimref.training.folder import RunFolder
 from tests.tiny import PRETRAIN, REFINE, arguments, assert_same_run, results
 
 
@@ -81,6 +85,23 @@ def test_signals_save_and_resume_needs_no_more_options(
     assert run(["refine", "--resume", "--out", str(tmp_path)]) == 0
     assert "12/12" in capsys.readouterr().err
     assert not (tmp_path / "state").exists() and (tmp_path / "results.json").is_file()
+
+
+def test_a_process_that_torchrun_restarts_reads_the_settings_of_its_run(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = load_config(RefineConfig, None, {"batch_size": 24, "data.spec": str(settings["data.spec"])})
+    (tmp_path / "config.toml").write_text(dump_config(begun))
+    trained: list[tuple[int, bool]] = []
+
+    def refine(config: RefineConfig, out: Path, *, resume: bool, **_: object) -> None:
+        trained.append((config.batch_size, resume))
+
+    monkeypatch.setattr("mimref.refinement.run.refine", refine)
+    for again in (False, True):
+        monkeypatch.setattr(RunFolder, "continues_launch", lambda _, again=again: again)
+        assert run(arguments("refine", tmp_path, settings)) == 0
+    assert trained == [(12, False), (24, True)]
 
 
 def test_a_dry_run_writes_nothing(settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,4 +45,5 @@ def _fit(x: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
     ensure_caches()  # numba writes compiled code to one
     from umap import UMAP
 
+    seed %= 2**32  # NumPy's RandomState takes 32 bits
     return np.asarray(UMAP(n_neighbors=NEIGHBORS, random_state=seed, n_jobs=1).fit_transform(x), dtype=np.float32)

@@ -42,7 +42,7 @@ def finetune(
     history: list[list[Epoch]] = [[] for _ in plan.splits]
     with run.locked():
         state = run.load_state(plan.train)
-        with run.writing(plan.config, plan.derived, state):
+        with run.writing(plan.config, plan.derived, state, plan.checkpoint):
             for split in range(state["split"] if state else 0, len(plan.splits)):
                 job = FineTuning(run, plan, split, history)
                 run.train(job, state)
