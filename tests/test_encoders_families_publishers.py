@@ -14,7 +14,7 @@ from mimref.encoders.export import read_encoder
 from mimref.encoders.export_publisher import export_publisher
 from mimref.encoders.families.publishing import container_of
 from mimref.encoders.fitting import filter_names
-from tests.family_files import PUBLISHED, content, convnext_file, timm_features
+from tests.family_files import PUBLISHED, State, content, convnext_file, dinov3_file, random_model, timm_features
 
 
 def reading_of(name: str) -> ReadingConfig:
@@ -83,6 +83,28 @@ def test_publishers_files_are_written_back_bit_for_bit(name: str, tmp_path: Path
             assert torch.equal(written[tensor_name], tensor), tensor_name
             assert written[tensor_name].dtype == tensor.dtype
     assert load_file(tmp_path / "back.safetensors").keys() == encoder_tensors.keys()
+
+
+@torch.no_grad()
+def test_key_biases_of_dinov3_are_refused_unless_masked(tmp_path: Path) -> None:
+    case = PUBLISHED["dinov3"]
+    file = case.file(case.model())
+    file["blocks.1.attn.qkv.bias"][32:64] = 0.5
+    torch.save(file, tmp_path / "file.pth")
+    assert read_checkpoint(tmp_path / "file.pth", reading_of("dinov3")).recognised
+    damages: list[State] = [{}, {"blocks.1.attn.qkv.bias_mask": torch.ones(96)}]
+    for mask in damages:
+        bare = {name: tensor for name, tensor in file.items() if not name.endswith("bias_mask")}
+        torch.save(bare | mask, tmp_path / "file.pth")
+        assert "key biases" in read_checkpoint(tmp_path / "file.pth", reading_of("dinov3")).problem
+
+
+@torch.no_grad()
+def test_dinov3_without_storage_tokens(tmp_path: Path) -> None:
+    sizes = {"embed_dim": 32, "depth": 3, "num_heads": 4, "patch_size": 8, "num_reg_tokens": 0}
+    model = random_model("vit_small_patch16_dinov3_qkvb", **sizes)
+    torch.save(dinov3_file(model), tmp_path / "file.pth")
+    assert_equal_features(read_checkpoint(tmp_path / "file.pth", reading_of("dinov3")), model)
 
 
 TIMMS_OWN = (
