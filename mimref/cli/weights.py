@@ -215,7 +215,7 @@ class PushOptions(Quiet, panel="Output"):
     checkpoint: str = argument("Folder that `export --to hf` wrote, or a checkpoint to export.", "FOLDER|CKPT")
     name: str = argument("Repository, as OWNER/NAME; without OWNER, under your account.", "NAME")
     layout: Literal["transformers", "timm"] | None = option(LAYOUT, "transformers|timm")
-    private: bool = option("Create a private repository.")
+    private: bool = option("Create a private repository; default: as its owner's account sets.")
     message: Text = option("Commit message.", "TEXT")
     force: bool = option("Replace the files of an existing repository.")
 

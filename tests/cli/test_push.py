@@ -57,6 +57,12 @@ def test_a_folder(folder: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) ->
     assert repository.files == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def test_the_owners_default_decides_whether_a_repository_is_private(folder: Path, hub: Hub) -> None:
+    hub.private = True
+    assert run(["push", str(folder), "lab/tiny", "--quiet"]) == 0
+    assert hub.repositories["lab/tiny"].private
+
+
 def test_a_checkpoint(weights: str, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["push", weights, "lab/tiny-vit", "--layout", "timm"]) == 0
     assert TOKEN not in "".join(capsys.readouterr())
