@@ -14,6 +14,7 @@ from mimref.encoders.export import read_encoder
 from mimref.encoders.export_publisher import export_publisher
 from mimref.encoders.families.publishing import container_of
 from mimref.encoders.fitting import filter_names
+from mimref.encoders.inspection import inspect_file
 from tests.family_files import PUBLISHED, State, content, convnext_file, dinov3_file, random_model, timm_features
 
 
@@ -147,12 +148,21 @@ def test_the_models_own_name_keeps_its_sizes(name: str, tmp_path: Path) -> None:
 def test_settings_without_an_effect_are_told(tmp_path: Path) -> None:
     case = PUBLISHED["dinov3"]
     torch.save(case.file(case.model()), tmp_path / "file.pth")
-    for rule, told in (None, 0), ("mae", 1):
-        reading = reading_of("dinov3").model_copy(update={"interpolation": rule})
+    unused: list[dict[str, Any]] = [{}, {"interpolation": "mae"}, {"grid": (2, 8)}]
+    for settings in unused:
+        reading = reading_of("dinov3").model_copy(update=settings)
         checkpoint = read_checkpoint(tmp_path / "file.pth", reading)
         assert checkpoint.architecture is not None
-        notices = checkpoint.notices(checkpoint.architecture)
-        assert len([line for line in notices if "encoder.interpolation has no effect" in line]) == told
+        notices = [line for line in checkpoint.notices(checkpoint.architecture) if "has no effect" in line]
+        assert len(notices) == len(settings) and all(f"encoder.{name}" in notices[0] for name in settings)
+    (notice,) = [line for line in inspect_file(tmp_path / "file.pth", reading).notices if "has no effect" in line]
+    assert notice.startswith("encoder.grid")
+
+
+def test_the_normalisation_of_a_family_is_marked_as_assumed(tmp_path: Path) -> None:
+    case = PUBLISHED["beit"]
+    torch.save(case.file(case.model()), tmp_path / "file.pth")
+    assert read_checkpoint(tmp_path / "file.pth").header["transform"]["assumed"]
 
 
 @torch.no_grad()
