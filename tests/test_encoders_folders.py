@@ -177,6 +177,27 @@ def test_the_normalisation_beside_weights_whose_model_is_named(tmp_path: Path) -
     assert (found.mean, found.std) == ((0.5, 0.4, 0.3), (0.5, 0.25, 1.0))
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch16_rope_ape_224", "vit_base_patch32_siglip_gap_256"])
+def test_models_of_timm_that_no_tensor_shows(name: str, tmp_path: Path) -> None:
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    torch.save(timm.create_model(name, num_classes=0, depth=1).state_dict(), tmp_path / "pytorch_model.bin")
+    assert isinstance(tiny_of(tmp_path), Architecture)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name, "model_args": {"depth": 1}}))
+    assert f"pass --arch {name}" in refusal(tmp_path)
+
+
+def test_the_heads_of_timms_model(tmp_path: Path) -> None:
+    args = {"embed_dim": 192, "depth": 1, "num_heads": 6}
+    config = json.dumps({"architecture": "vit_base_patch16_224", "model_args": args})
+    torch.save(timm.create_model("vit_base_patch16_224", **args).state_dict(), tmp_path / "pytorch_model.bin")
+    assert tiny_of(tmp_path).num_heads == 3
+    (tmp_path / "config.json").write_text(config)
+    assert tiny_of(tmp_path).num_heads == 6
+    (tmp_path / "config.json").write_text(config.replace("192", '"?"'))
+    assert tiny_of(tmp_path).num_heads == 3
+
+
 def tiny_of(path: Path) -> Architecture:
     architecture = choose_architecture(read_checkpoint(path))
     assert isinstance(architecture, Architecture)

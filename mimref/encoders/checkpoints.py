@@ -28,7 +28,7 @@ from mimref.encoders.fitting import tensors_of_model, without_unneeded
 from mimref.encoders.folders import saved_config, saved_normalisation, shard_hint
 from mimref.encoders.formats import clean_names, mismatches, recognise
 from mimref.encoders.layouts import INTERPOLATIONS
-from mimref.encoders.likely_models import unrecognised
+from mimref.encoders.likely_models import read_model, unrecognised
 from mimref.encoders.parts import NoChoice, Unrecognised
 from mimref.encoders.positions import fit_positions
 from mimref.encoders.published import find_named
@@ -80,14 +80,18 @@ def _read(path: str | Path, reading: ReadingConfig, progress: LabelledProgress |
             return replace(checkpoint, architecture=architecture_from(header["architecture"]))
         except ConfigError as error:
             raise CheckpointError(f"{file}: damaged header ({error})") from error
+    config, other = read_model(saved_config(file))
     try:
         checkpoint = replace(checkpoint, named=clean_names(content)[0])
-        found = recognise(content, reading, config=saved_config(file))
+        found = recognise(content, reading, config=config)
+        if other and isinstance(found.architecture, Architecture):
+            raise Unrecognised(f"is timm's {other}, as config.json says, and no plain vision transformer")
     except NoChoice as reason:
         return replace(checkpoint, problem=str(reason))
     except Unrecognised as reason:
         hint = shard_hint(file)
-        return replace(checkpoint, problem=f"{reason}{hint}", advice="" if hint else "; pass --arch (and --source)")
+        advice = "" if hint else f"; pass --arch {other or '(and --source)'}"
+        return replace(checkpoint, problem=f"{reason}{hint}", advice=advice)
     architecture, source = found.architecture, found.source
     if published := find_named(path):
         source, licence = published.source, published.licence
