@@ -78,13 +78,15 @@ def read_model(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
         return config, ""
     try:
         with torch.device("meta"), RatesOnCpu():
-            model: Any = timm.create_model(name, pretrained=False, **options)
+            model = timm.create_model(name, pretrained=False, **options)
     except Exception:  # each constructor raises its own errors for unsuitable values
         return config, ""
-    if type(model) is not VisionTransformer or str(model.blocks[0].mlp.act) not in _ACTIVATIONS:
+    if type(model) is not VisionTransformer:
         return config, name
-    heads = {"hidden_size": model.embed_dim, "num_attention_heads": model.blocks[0].attn.num_heads}
-    return {**config, **heads}, ""
+    block: Any = model.blocks[0]
+    if str(block.mlp.act) not in _ACTIVATIONS:
+        return config, name
+    return {**config, "hidden_size": model.embed_dim, "num_attention_heads": block.attn.num_heads}, ""
 
 
 def unrecognised(path: Path, problem: str, advice: str, named: Mapping[str, Tensor]) -> CheckpointError:
