@@ -94,7 +94,7 @@ def load(
     given = {"spec": "images", "channels": channels, "mean": mean, "std": std}
     data = with_channels(resolve_data(validated(DataConfig, given), header), architecture)
     architecture = for_images(architecture, data.channels)
-    known = with_statistics(data, header, checkpoint.channels, [])
+    known = with_statistics(data, header, checkpoint.channels_as(architecture.name), [])
     transform = eval_transform(architecture, known, header, resolution=resolution)
     for notice in checkpoint.notices(architecture, [transform.image_size]):
         warnings.warn(notice, stacklevel=2)

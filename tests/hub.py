@@ -34,6 +34,8 @@ class Hub:
     fails: dict[str, int] = field(default_factory=dict)
     """HTTP status to answer with, by part of a path."""
     requests: list[str] = field(default_factory=list)
+    private: bool = False
+    """Whether new repositories are private unless the request says otherwise, as organisations can set."""
 
 
 @contextmanager
@@ -128,7 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(
                 409, {"error": "You already created this model repo", "url": f"{self.state.address}/{name}"}
             )
-        private = bool(asked.get("private") or asked.get("visibility") == "private")
+        known = "private" in asked or "visibility" in asked
+        private = bool(asked.get("private") or asked.get("visibility") == "private") if known else self.state.private
         self.state.repositories[name] = Repository(private)
         return self.answer(200, {"url": f"{self.state.address}/{name}", "name": name, "id": "1"})
 

@@ -9,9 +9,11 @@ import torch
 from timm.models._manipulate import adapt_input_conv
 
 from mimref.config.base import ReadingConfig
+from mimref.config.run import EncoderConfig
 from mimref.encoders.backbones import BackboneArchitecture, TimmBackbone
 from mimref.encoders.channels import ChannelRule, first_channels, fit_channels, for_images
-from mimref.encoders.checkpoints import encoder_from, read_checkpoint
+from mimref.encoders.checkpoints import choose_architecture, encoder_from, read_checkpoint
+from mimref.encoders.settings import architecture_to_train
 from mimref.errors import ConfigError
 from tests.tiny import ARCHITECTURE, write_weights
 
@@ -111,3 +113,20 @@ def test_the_images_channels_whatever_the_order_of_the_tensors(name: str) -> Non
         with torch.device("meta"):
             tensors = timm.create_model(name, in_chans=channels).state_dict()
         assert first_channels(tensors) == first_channels(dict(sorted(tensors.items()))) == channels
+        assert first_channels(tensors, name) == channels
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "densenet121", "tresnet_m"])
+def test_the_first_convolution_that_timm_records(name: str) -> None:
+    for channels in (1, 3, 5):
+        with torch.device("meta"):
+            tensors = timm.create_model(name, in_chans=channels).state_dict()
+        wrapped = {f"module.{key}": tensor for key, tensor in sorted(tensors.items())}
+        assert first_channels(tensors, name) == first_channels(wrapped, name) == channels
+
+
+def test_a_named_model_keeps_the_channels_of_its_weights(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_resnet", in_chans=5).state_dict(), tmp_path / "file.pth")
+    assert choose_architecture(read_checkpoint(tmp_path / "file.pth"), "test_resnet").channels == 5
+    config = EncoderConfig(arch="test_resnet", weights=str(tmp_path / "file.pth"))
+    assert architecture_to_train(config, read_checkpoint(tmp_path / "file.pth")).channels == 5

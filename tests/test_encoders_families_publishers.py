@@ -14,7 +14,8 @@ from mimref.encoders.export import read_encoder
 from mimref.encoders.export_publisher import export_publisher
 from mimref.encoders.families.publishing import container_of
 from mimref.encoders.fitting import filter_names
-from tests.family_files import PUBLISHED, content, convnext_file, timm_features
+from mimref.encoders.inspection import inspect_file
+from tests.family_files import PUBLISHED, State, content, convnext_file, dinov3_file, random_model, timm_features
 
 
 def reading_of(name: str) -> ReadingConfig:
@@ -85,6 +86,28 @@ def test_publishers_files_are_written_back_bit_for_bit(name: str, tmp_path: Path
     assert load_file(tmp_path / "back.safetensors").keys() == encoder_tensors.keys()
 
 
+@torch.no_grad()
+def test_key_biases_of_dinov3_are_refused_unless_masked(tmp_path: Path) -> None:
+    case = PUBLISHED["dinov3"]
+    file = case.file(case.model())
+    file["blocks.1.attn.qkv.bias"][32:64] = 0.5
+    torch.save(file, tmp_path / "file.pth")
+    assert read_checkpoint(tmp_path / "file.pth", reading_of("dinov3")).recognised
+    damages: list[State] = [{}, {"blocks.1.attn.qkv.bias_mask": torch.ones(96)}]
+    for mask in damages:
+        bare = {name: tensor for name, tensor in file.items() if not name.endswith("bias_mask")}
+        torch.save(bare | mask, tmp_path / "file.pth")
+        assert "key biases" in read_checkpoint(tmp_path / "file.pth", reading_of("dinov3")).problem
+
+
+@torch.no_grad()
+def test_dinov3_without_storage_tokens(tmp_path: Path) -> None:
+    sizes = {"embed_dim": 32, "depth": 3, "num_heads": 4, "patch_size": 8, "num_reg_tokens": 0}
+    model = random_model("vit_small_patch16_dinov3_qkvb", **sizes)
+    torch.save(dinov3_file(model), tmp_path / "file.pth")
+    assert_equal_features(read_checkpoint(tmp_path / "file.pth", reading_of("dinov3")), model)
+
+
 TIMMS_OWN = (
     "dinov3",
     "eva02_packed",
@@ -125,12 +148,21 @@ def test_the_models_own_name_keeps_its_sizes(name: str, tmp_path: Path) -> None:
 def test_settings_without_an_effect_are_told(tmp_path: Path) -> None:
     case = PUBLISHED["dinov3"]
     torch.save(case.file(case.model()), tmp_path / "file.pth")
-    for rule, told in (None, 0), ("mae", 1):
-        reading = reading_of("dinov3").model_copy(update={"interpolation": rule})
+    unused: list[dict[str, Any]] = [{}, {"interpolation": "mae"}, {"grid": (2, 8)}]
+    for settings in unused:
+        reading = reading_of("dinov3").model_copy(update=settings)
         checkpoint = read_checkpoint(tmp_path / "file.pth", reading)
         assert checkpoint.architecture is not None
-        notices = checkpoint.notices(checkpoint.architecture)
-        assert len([line for line in notices if "encoder.interpolation has no effect" in line]) == told
+        notices = [line for line in checkpoint.notices(checkpoint.architecture) if "has no effect" in line]
+        assert len(notices) == len(settings) and all(f"encoder.{name}" in notices[0] for name in settings)
+    (notice,) = [line for line in inspect_file(tmp_path / "file.pth", reading).notices if "has no effect" in line]
+    assert notice.startswith("encoder.grid")
+
+
+def test_the_normalisation_of_a_family_is_marked_as_assumed(tmp_path: Path) -> None:
+    case = PUBLISHED["beit"]
+    torch.save(case.file(case.model()), tmp_path / "file.pth")
+    assert read_checkpoint(tmp_path / "file.pth").header["transform"]["assumed"]
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Non-plain vision transformers as saved by transformers, against the hidden states of its own models."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,13 +119,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str, str | None, Layout]] = {
 }
 
 
-def theirs(name: str, folder: Path) -> Any:
+def theirs(name: str, folder: Path, **more: Any) -> Any:
     """The transformers model with random values in every parameter, saved in a folder."""
     kind, config, options, *_ = CASES[name]
     if not hasattr(transformers, kind):
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     torch.manual_seed(0)
-    model = getattr(transformers, kind)(getattr(transformers, config)(**options)).eval()
+    model = getattr(transformers, kind)(getattr(transformers, config)(**options | more)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1) * 0.5)
@@ -208,6 +209,27 @@ def test_what_only_the_configuration_says(tmp_path: Path) -> None:
     assert "relu" in read_checkpoint(tmp_path).problem
     config.unlink()
     assert "config.json" in read_checkpoint(tmp_path).problem
+
+
+@torch.no_grad()
+def test_positions_in_the_coordinates_of_other_windows(tmp_path: Path) -> None:
+    name = "swinv2"
+    model = theirs(name, tmp_path / "model", pretrained_window_sizes=[3, 2])
+    checkpoint = read_checkpoint(tmp_path / "model")
+    encoder = encoder_from(checkpoint, choose_architecture(checkpoint)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    for one, other in zip(encoder.blocks(images, [1, 2]), hidden(name, model, images), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    config = tmp_path / "model" / "config.json"
+    saved = json.loads(config.read_text(encoding="utf-8"))
+    for wrong in (3, [3], [3, -1], [3, "2"]):
+        config.write_text(json.dumps(saved | {"pretrained_window_sizes": wrong}), encoding="utf-8")
+        assert "pretrained_window_sizes" in read_checkpoint(tmp_path / "model").problem
+
+
+def test_rotary_positions_of_another_base(tmp_path: Path) -> None:
+    theirs("dinov3", tmp_path, rope_theta=50.0)
+    assert "base 50" in read_checkpoint(tmp_path).problem
 
 
 def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:

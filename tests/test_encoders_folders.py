@@ -153,12 +153,49 @@ def test_what_is_saved_beside_the_weights(tmp_path: Path) -> None:
     assert any(
         "configuration beside the file" in notice for notice in read_checkpoint(tmp_path).notices(tiny_of(tmp_path))
     )
-    for wrong in ({"image_mean": [0.5], "image_std": [0.5]}, {"image_mean": 3}, {**saved, "do_normalize": False}):
+    for value in (0.5, [0.5]):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": value, "image_std": value}))
+        found = load(tmp_path).transform
+        assert found.mean == found.std == (0.5, 0.5, 0.5)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**saved, "do_normalize": False}))
+    found = load(tmp_path).transform
+    assert (found.mean, found.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    for wrong in ({"image_mean": [0.5, 0.5], "image_std": 0.5}, {"image_mean": 3}, {"image_mean": "0.5"}):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(wrong))
         assert load(tmp_path).transform.mean == IMAGENET_MEAN
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "quick_gelu"}))
     assert "quick_gelu" in refusal(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_normalisation_beside_weights_whose_model_is_named(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_convnext").state_dict(), tmp_path / "pytorch_model.bin")
+    saved = {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.25, 1]}
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": saved}))
+    found = load(tmp_path, arch="test_convnext").transform
+    assert (found.mean, found.std) == ((0.5, 0.4, 0.3), (0.5, 0.25, 1.0))
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_rope_ape_224", "vit_base_patch32_siglip_gap_256"])
+def test_models_of_timm_that_no_tensor_shows(name: str, tmp_path: Path) -> None:
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    torch.save(timm.create_model(name, num_classes=0, depth=1).state_dict(), tmp_path / "pytorch_model.bin")
+    assert isinstance(tiny_of(tmp_path), Architecture)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name, "model_args": {"depth": 1}}))
+    assert f"pass --arch {name}" in refusal(tmp_path)
+
+
+def test_the_heads_of_timms_model(tmp_path: Path) -> None:
+    args = {"embed_dim": 192, "depth": 1, "num_heads": 6}
+    config = json.dumps({"architecture": "vit_base_patch16_224", "model_args": args})
+    torch.save(timm.create_model("vit_base_patch16_224", **args).state_dict(), tmp_path / "pytorch_model.bin")
+    assert tiny_of(tmp_path).num_heads == 3
+    (tmp_path / "config.json").write_text(config)
+    assert tiny_of(tmp_path).num_heads == 6
+    (tmp_path / "config.json").write_text(config.replace("192", '"?"'))
+    assert tiny_of(tmp_path).num_heads == 3
 
 
 def tiny_of(path: Path) -> Architecture:

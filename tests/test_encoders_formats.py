@@ -18,8 +18,9 @@ from mimref.config.base import ReadingConfig
 from mimref.encoders.checkpoints import read_checkpoint
 from mimref.encoders.formats import recognise
 from mimref.encoders.parts import Unrecognised
+from mimref.encoders.positions import sincos_positions
 from mimref.encoders.recognised import Recognised
-from mimref.encoders.vit import Encoder
+from mimref.encoders.vit import Architecture, Encoder
 from mimref.errors import UserError
 from tests.checkpoints import (
     DEPTH,
@@ -219,6 +220,33 @@ def test_assumed_heads_are_reported() -> None:
     assert "5 attention heads" in notice and "encoder.num_heads" in notice
     with pytest.raises(Unrecognised, match=r"width of 96.*encoder\.num_heads"):
         recognise(outline(96, 2, 16, grid=3))
+
+
+@pytest.mark.parametrize(("width", "heads"), [(192, 3), (384, 6), (768, 12)])
+def test_small_encoders_in_the_layout_of_mae_may_have_more_heads(width: int, heads: int) -> None:
+    outlined = dict(outline(width, 2, 16, grid=3))
+    pretrained = outlined | {"pos_embed": sincos_positions(width, 3)}
+    fine_tuned = outlined | {"fc_norm.weight": torch.ones(width), "fc_norm.bias": torch.zeros(width)}
+    for file in (pretrained, fine_tuned):
+        found = recognise(file)
+        assert found.architecture.num_heads == heads
+        told = [notice for notice in found.notices if "MAE-Lite have 12" in notice and "num_heads" in notice]
+        assert len(told) == (width < 768)
+        chosen = recognise(file, ReadingConfig(num_heads=12))
+        assert chosen.architecture.num_heads == 12 and not any("attention heads" in each for each in chosen.notices)
+
+
+def test_the_positions_of_moco_v3() -> None:
+    # As in its own code: of a 2 x 2 grid, the first half of the width encodes the row.
+    rows = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    omega = 1.0 / 10000 ** (torch.arange(96) / 96)
+    row, column = rows[:, None] * omega, rows[[0, 2, 1, 3]][:, None] * omega
+    patches = torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=1)
+    file = dict(outline(384, 2, 16, grid=2)) | {"pos_embed": torch.cat([torch.zeros(1, 384), patches])[None]}
+    found = recognise(file)
+    assert isinstance(found.architecture, Architecture)
+    assert found.architecture.num_heads == 12 and found.architecture.fixed_positions
+    assert not any("attention heads" in notice for notice in found.notices)
 
 
 @torch.no_grad()

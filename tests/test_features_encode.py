@@ -259,3 +259,7 @@ def test_normalization_that_timm_records_for_weights() -> None:
     assert transform.std == (0.26862954, 0.26130258, 0.27577711)
     recorded = EvalTransform(8, 1.0, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert eval_transform(clip, DataConfig(), {"transform": recorded.to_dict()}).mean == recorded.mean
+    # What the publisher of such weights usually does is less certain than timm's record, and better than nothing.
+    usual = {"transform": {"mean": [0.5] * 3, "std": [0.5] * 3, "assumed": True}}
+    assert eval_transform(clip, DataConfig(), usual) == transform
+    assert eval_transform(ARCHITECTURE, DataConfig(), usual).mean == (0.5, 0.5, 0.5)

@@ -29,6 +29,7 @@ from tests.subjects import (
     CLASSES,
     DINOV2,
     EPS,
+    FOURFOLD_SWIGLU,
     GRAY,
     NO_CLS,
     NO_CLS_REGISTERS,
@@ -59,7 +60,10 @@ CLASS_OF = {
     "Dinov2WithRegisters": (REGISTERS, DINOV2, replace(TINY, registers=1)),
 }
 EXACT = [pytest.param(name, each, id=f"{name}{n}") for name, found in CLASS_OF.items() for n, each in enumerate(found)]
-OF_TIMM = [*(TINY, GRAY, WIDE, NO_CLS, SCALED, SWIGLU, PLAIN_SWIGLU), *(REGISTERS, DINOV2, NO_NORM, NO_CLS_REGISTERS)]
+OF_TIMM = [
+    *(TINY, GRAY, WIDE, NO_CLS, SCALED, SWIGLU, PLAIN_SWIGLU, FOURFOLD_SWIGLU),
+    *(REGISTERS, DINOV2, NO_NORM, NO_CLS_REGISTERS),
+]
 
 
 def write(subject: Subject, out: Path, library: Library, **options: Any) -> FolderExport:

@@ -10,7 +10,7 @@ import typer
 
 from mimref.cli.execution import note, print_facts
 from mimref.cli.options import ARCH, CHECKPOINT, PART, SOURCE, Debug, Force, Images, Output, Quiet, Text
-from mimref.cli.parser import argument, option
+from mimref.cli.parser import Options, argument, option
 from mimref.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,8 +22,15 @@ if TYPE_CHECKING:
     from mimref.sharing.export import FolderExport
     from mimref.sharing.layout import Library, Subject
 
-# Commands without settings parse it themselves.
-GRID = option("Patch grid of the position embedding, if it is not square.", "ROWS,COLUMNS")
+
+class ForeignFile(Options, panel="Encoder"):
+    """What commands without settings need to read an encoder from any file."""
+
+    arch: Text = ARCH
+    source: Text = SOURCE
+    encoder: Text = PART
+    grid: Text = option("Patch grid of the position embedding, if it is not square.", "ROWS,COLUMNS")
+    num_heads: int | None = option("Number of attention heads, if it cannot be inferred from the weights.", "N", min=1)
 
 
 def read_grid(text: str | None) -> tuple[int, int] | None:
@@ -39,12 +46,8 @@ def read_grid(text: str | None) -> tuple[int, int] | None:
 LAYOUT = "Library that loads the folder; default transformers, or timm where it has no such model."
 
 
-class InspectOptions(Debug, panel="Output"):
+class InspectOptions(ForeignFile, Debug, panel="Output"):
     file: str = argument("Weights file, run folder or published name.", "FILE")
-    arch: Text = ARCH
-    source: Text = SOURCE
-    encoder: Text = PART
-    grid: Text = GRID
     as_json: bool = option("Print everything as JSON.", flag="--json")
 
 
@@ -62,7 +65,7 @@ def inspect(options: InspectOptions) -> None:
     from mimref.encoders.inspection import inspect_file
     from mimref.reports.terminal import print_inspection
 
-    reading = ReadingConfig(part=options.encoder, grid=read_grid(options.grid))
+    reading = ReadingConfig(num_heads=options.num_heads, part=options.encoder, grid=read_grid(options.grid))
     inspection = inspect_file(options.file, reading, options.arch, options.source)
     if options.as_json:
         typer.echo(json.dumps(asdict(inspection), indent=2))
@@ -70,18 +73,13 @@ def inspect(options: InspectOptions) -> None:
         print_inspection(inspection)
 
 
-class ExportOptions(Force, panel="Encoder"):
+class ExportOptions(ForeignFile, Force, panel="Encoder"):
     checkpoint: str = argument(f"{CHECKPOINT}.", "CKPT")
     to: Literal["timm", "publisher", "release", "onnx", "hf"] = option("Target format.", required=True)
     out: Path = option("File to write, its extension matching --to; for hf, a folder.", "FILE|DIR", required=True)
     layout: Literal["transformers", "timm"] | None = option(f"{LAYOUT} Requires --to hf.", "transformers|timm")
     blocks: Text = option("Blocks that the ONNX graph outputs; default last. Requires --to onnx.", "last|all|1,5,12")
     resolution: int | None = option("Image size; default: the encoder's own.", "PIXELS", min=1)
-    arch: Text = ARCH
-    source: Text = SOURCE
-    encoder: Text = PART
-    grid: Text = GRID
-    num_heads: int | None = option("Number of attention heads, if it cannot be inferred from the weights.", "N", min=1)
     interpolation: Text = option(
         "Rule for interpolating positions to another --resolution; default: the weights' own.",
         "mae|dino|dinov2|dinov2_reg|timm|torchvision|mae_pytorch",
@@ -211,11 +209,11 @@ def write_folder(
     return export_folder(subject, files, card, out, force=force, listener=listener)
 
 
-class PushOptions(Quiet, panel="Output"):
+class PushOptions(ForeignFile, Quiet, panel="Output"):
     checkpoint: str = argument("Folder that `export --to hf` wrote, or a checkpoint to export.", "FOLDER|CKPT")
     name: str = argument("Repository, as OWNER/NAME; without OWNER, under your account.", "NAME")
     layout: Literal["transformers", "timm"] | None = option(LAYOUT, "transformers|timm")
-    private: bool = option("Create a private repository.")
+    private: bool = option("Create a private repository; default: as its owner's account sets.")
     message: Text = option("Commit message.", "TEXT")
     force: bool = option("Replace the files of an existing repository.")
 
@@ -235,9 +233,10 @@ def push(options: PushOptions) -> None:
     exported = is_export(source)
     checks.run("name", lambda: check_name(options.name))
     checks.run("token", check_access)
-    if exported and options.layout is not None:
-        wrong = f"--layout {options.layout}: {source} is exported already; export the checkpoint again"
-        checks.add("layout", ConfigError(wrong))
+    for name in ("layout", *ForeignFile.declared()) if exported else ():
+        if (value := getattr(options, name)) is not None:
+            wrong = f"--{name.replace('_', '-')} {value}: {source} is exported already; export the checkpoint again"
+            checks.add(name, ConfigError(wrong))
     upload = partial(
         push_folder, name=options.name, private=options.private, message=options.message, force=options.force
     )
@@ -249,11 +248,15 @@ def push(options: PushOptions) -> None:
 
     from tempfile import TemporaryDirectory
 
+    from mimref.config.base import ReadingConfig
     from mimref.reports.terminal import Terminal
     from mimref.sharing.export import read_subject
 
+    grid = checks.run("grid", lambda: read_grid(options.grid))
+    reading = ReadingConfig(num_heads=options.num_heads, part=options.encoder, grid=grid)
+    read_checkpoint = partial(read_subject, options.checkpoint, reading, arch=options.arch, source=options.source)
     with Terminal(options.quiet) as terminal, TemporaryDirectory(prefix="mimref-") as temporary:
-        read = checks.run("checkpoint", lambda: read_subject(options.checkpoint, listener=terminal))
+        read = checks.run("checkpoint", lambda: read_checkpoint(listener=terminal))
         folder, title = Path(temporary) / "export", options.name.rpartition("/")[2]
         write_folder(checks.finished(read), options.layout, folder, title, force=False, listener=terminal)
         show_progress(options)

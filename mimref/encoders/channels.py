@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mimref.encoders.backbones import BackboneArchitecture
+from mimref.encoders.timm_models import first_conv
 from mimref.encoders.vit import Architecture
 from mimref.errors import ConfigError
 
@@ -73,17 +74,23 @@ def for_images(architecture: A, channels: int | None) -> A:
     return replace(architecture, channels=channels)
 
 
-def first_channels(tensors: Mapping[str, Tensor]) -> int:
-    """Return the number of image channels of a foreign file: that of its patch embedding or stem, 3 if it has none.
+def first_channels(tensors: Mapping[str, Tensor], model: str = "") -> int:
+    """Return the number of image channels of a foreign file: that of its first convolution, 3 if it has none.
 
-    The result does not depend on the order of the tensors, which .safetensors sorts by name. Position embeddings have
-    four axes too, but their first has length 1; a gain per channel (C, 1, 1, 1) is not a convolution.
+    model: the timm model that the file holds; timm records the name of its first convolution. Without such a record, it
+    is the patch embedding or the stem. The result does not depend on the order of the tensors, which .safetensors sorts
+    by name. Position embeddings have four axes too, but their first has length 1; a gain per channel (C, 1, 1, 1) is
+    not a convolution.
     """
+    kernels = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 4 and len(tensor) > 1}
+    first, inputs = first_conv(model)
+    if recorded := [name for name in kernels if first and f".{name}".endswith(f".{first}")]:
+        return 3 * kernels[min(recorded, key=len)].shape[1] // inputs
     kernels = {
         name: tensor
-        for name, tensor in tensors.items()
+        for name, tensor in kernels.items()
         if ("embed" in name or "stem" in name) and not any(part in name for part in ("attn", "cell"))
-        if tensor.ndim == 4 and len(tensor) > 1 and tensor.shape[2] == tensor.shape[3] and tensor[0].numel() > 1
+        if tensor.shape[2] == tensor.shape[3] and tensor[0].numel() > 1
     }
 
     def depth(name: str) -> tuple[bool, bool]:

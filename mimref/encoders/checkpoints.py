@@ -4,11 +4,9 @@ From a file to an encoder: `read_checkpoint` reads and recognises the file, `cho
 `encoder_from` builds the encoder. The module `reading` opens files, `formats` recognises foreign ones.
 """
 
-import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mimref.config.base import Interpolation, ReadingConfig
+from mimref.config.base import ReadingConfig
 from mimref.encoders.backbones import (
     BackboneArchitecture,
     EncoderArchitecture,
@@ -28,161 +26,21 @@ from mimref.encoders.backbones import (
 from mimref.encoders.channels import ChannelRule, first_channels, fit_channels, for_images
 from mimref.encoders.fitting import tensors_of_model, without_unneeded
 from mimref.encoders.folders import saved_config, saved_normalisation, shard_hint
-from mimref.encoders.formats import Recognised, clean_names, mismatches, recognise
+from mimref.encoders.formats import clean_names, mismatches, recognise
 from mimref.encoders.layouts import INTERPOLATIONS
-from mimref.encoders.likely_models import unrecognised
-from mimref.encoders.parameters import tensors_hash
-from mimref.encoders.parts import (
-    NoChoice,
-    Unrecognised,
-    below,
-    choice_notice,
-    choose_part,
-    group_beside,
-    left_out_notice,
-    matching_prefixes,
-)
+from mimref.encoders.likely_models import read_model, unrecognised
+from mimref.encoders.parts import NoChoice, Unrecognised
 from mimref.encoders.positions import fit_positions
 from mimref.encoders.published import find_named
 from mimref.encoders.reading import first_line, named_tensors, read_file
 from mimref.encoders.timm_models import classifiers, normalisation
 from mimref.encoders.vit import PAPER_SIZES, Architecture, Encoder, build_encoder, is_plain_vit, with_fixed_positions
+from mimref.encoders.weights import Checkpoint as Checkpoint
 from mimref.encoders.writing import write_safetensors
 from mimref.errors import CheckpointError, ConfigError
 from mimref.progress import LabelledProgress
 
 _TIMM = "timm:"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A file's weights under the file's names, and what is known about them."""
-
-    path: Path
-    tensors: dict[str, Tensor]
-    """Tensors in the file's own types, mapped into memory where the format allows it."""
-    header: dict[str, Any] = field(default_factory=dict)
-    """Header of mimref's own files; for foreign ones empty, but for a `transform` if the normalisation is known."""
-    architecture: EncoderArchitecture | None = None
-    """Architecture from the header, or as recognised; None if unknown."""
-    source: str | None = None
-    """Pre-training method: of published weights by name, as recognised, or from the header; None if unknown."""
-    licence: str | None = None
-    """Licence of published weights by name, or from the header: a layout does not reveal who trained the weights."""
-    recognised: Recognised | None = None
-    """A foreign file's encoder in the internal form; None if it is not recognised."""
-    problem: str = ""
-    """Why a foreign file is not recognised."""
-    advice: str = ""
-    """What may help in that case, for commands with `--arch`."""
-    ignored: list[str] = field(default_factory=list)
-    """Notices of what was left out when the file was read."""
-    named: dict[str, Tensor] = field(default_factory=dict)
-    """All tensors of a foreign file, under their names without the parts that wrapping modules add."""
-    part: str | None = None
-    """Which encoder of the file was asked for."""
-    interpolation: Interpolation | None = None
-    """Interpolation asked for instead of the format's; None means that of the architecture."""
-    channel_rule: ChannelRule = field(default_factory=ChannelRule)
-    """How the weights are adapted to images with another number of channels."""
-
-    @cached_property
-    def channels(self) -> int:
-        """Channels of the images that the weights are for."""
-        if self.architecture is not None:
-            return self.architecture.channels
-        return first_channels(self.tensors)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the tensors' names and bytes, independent of the file's name. Reads every tensor.
-
-        If the file holds several encoders, averaged weights or a grid that is not square, it depends on the choice.
-        """
-        digest, found = tensors_hash(self.tensors), self.recognised
-        own = set(map(id, self.tensors.values()))
-        below = found.prefix if found else ""
-        beside = {n: x for n, x in self.named.items() if id(x) not in own and n.startswith(below)}  # averaged weights
-        chosen = [found.prefix] if found and found.others else []
-        if self.part and found is None and "architecture" not in self.header:
-            chosen = [self.part]
-        chosen += [tensors_hash(beside)] if beside else []
-        chosen += [f"{found.grid}"] if found and found.grid[0] != found.grid[1] else []
-        return hashlib.sha256(" ".join((digest, *chosen)).encode()).hexdigest() if chosen else digest
-
-    @property
-    def guesses_interpolation(self) -> bool:
-        """Whether nothing shows which of several families' rules interpolates the positions."""
-        found = self.recognised
-        return bool(found and found.guesses_interpolation and self.source is None and self.interpolation is None)
-
-    def notices(self, architecture: EncoderArchitecture, sizes: Sequence[int] = ()) -> list[str]:
-        """Return what was ignored, assumed or changed to read the file as this architecture, with the file's name.
-
-        sizes: pixels of the images that the encoder will see.
-        """
-        if self.channels != architecture.channels:
-            wanted = f"{architecture.channels} channel{'s' * (architecture.channels > 1)}"
-            adapted = f"the patch embedding is made for {wanted}, not the {self.channels} of the weights"
-            own = self.notices(replace(architecture, channels=self.channels), sizes)
-            return [*own, f"{self.path}: {adapted} (encoder.channel_init {self.channel_rule.how})"]
-        unused = isinstance(architecture, BackboneArchitecture) and self.interpolation is not None
-        notices = [f"encoder.interpolation has no effect on {architecture.name}"] if unused else []
-        if "architecture" in self.header:
-            notices += [f"contains one encoder; --encoder {self.part} has no effect"] if self.part else []
-            return [f"{self.path}: {notice}" for notice in notices]
-        notices += self.ignored
-        if self.recognised and self.recognised.is_of(architecture):
-            notices += self.recognised.notices
-        elif isinstance(architecture, BackboneArchitecture):
-            with torch.device("meta"):
-                model = architecture.build()
-            notices += self.selection(model.state_dict())[1]
-        elif self.recognised is None:
-            with torch.device("meta"):
-                encoder = build_encoder(architecture)
-            notices += self.selection(encoder.vit.state_dict())[1]
-        elif architecture.from_timm:
-            notices += self.recognised.selection_notices
-        else:
-            notices += self.recognised.notices
-            sizes = (architecture.image_size, *sizes)
-            if self.guesses_interpolation and any(self.interpolates(architecture, size) for size in sizes):
-                notices.append(
-                    f"positions are interpolated as {architecture.interpolation} does, which the layout does not show; "
-                    "set encoder.interpolation if that is wrong"
-                )
-        return [f"{self.path}: {notice}" for notice in notices]
-
-    def interpolates(self, architecture: Architecture, size: int) -> bool:
-        """Return whether images of `size` pixels need other positions than those in the file."""
-        if self.recognised and self.recognised.grid[0] != self.recognised.grid[1]:
-            return True
-        tensors = (self.recognised or self).tensors
-        positions, registers = tensors.get("pos_embed"), tensors.get("reg_token")
-        if positions is None:
-            return True
-        extra = 0 if registers is None else registers.shape[1]
-        patches = (size // architecture.patch_size) ** 2
-        # With or without rows for CLS and register tokens.
-        return positions.ndim != 3 or positions.shape[1] - patches not in (0, 1, extra, 1 + extra)
-
-    def selection(self, wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Return the tensors below the prefix where most names of a timm model are found, and notices of the others.
-
-        Returns all tensors if there is no such prefix. Raises CheckpointError for several and no way to choose.
-        """
-        prefixes = matching_prefixes(self.named, wanted)
-        if not prefixes:
-            return self.tensors, []
-        try:
-            prefix = choose_part(self.named, prefixes, self.part)
-        except NoChoice as reason:
-            raise CheckpointError(f"{self.path}: {reason}") from None
-        own = below(self.named, prefix, prefixes)
-        outside = [name for name in self.named if not name.startswith(tuple(prefixes))]
-        notices = choice_notice(prefix, prefixes, self.part) + left_out_notice(group_beside(outside, prefix))
-        return {name[len(prefix) :]: self.named[name] for name in own}, notices
 
 
 def read_checkpoint(
@@ -196,7 +54,8 @@ def read_checkpoint(
     reading = reading or ReadingConfig()
     colors = None if reading.color_channels is None else tuple(reading.color_channels)
     rule = ChannelRule(reading.channel_init or "repeat", colors)
-    checkpoint = replace(_read(path, reading, progress), channel_rule=rule)
+    checkpoint = _with_normalisation(_read(path, reading, progress))
+    checkpoint = replace(checkpoint, part=reading.part, grid=reading.grid, channel_rule=rule)
     if reading.interpolation is None:
         return checkpoint
     architecture = checkpoint.architecture
@@ -207,7 +66,7 @@ def read_checkpoint(
 
 def _read(path: str | Path, reading: ReadingConfig, progress: LabelledProgress | None) -> Checkpoint:
     if isinstance(path, str) and path.startswith(_TIMM):
-        return replace(_from_timm(path), part=reading.part)
+        return _from_timm(path)
     file, content, header, ignored = read_file(path, progress)
     weights = content
     for wrapper in ("model", "state_dict"):
@@ -215,32 +74,45 @@ def _read(path: str | Path, reading: ReadingConfig, progress: LabelledProgress |
             weights = weights[wrapper]
     source, licence = (value if isinstance(value := header.get(key), str) else None for key in ("source", "licence"))
     tensors = dict(named_tensors(weights))
-    checkpoint = Checkpoint(file, tensors, header, source=source, licence=licence, ignored=ignored, part=reading.part)
+    checkpoint = Checkpoint(file, tensors, header, source=source, licence=licence, ignored=ignored)
     if "architecture" in header:
         try:
             return replace(checkpoint, architecture=architecture_from(header["architecture"]))
         except ConfigError as error:
             raise CheckpointError(f"{file}: damaged header ({error})") from error
+    config, other = read_model(saved_config(file))
     try:
         checkpoint = replace(checkpoint, named=clean_names(content)[0])
-        found = recognise(content, reading, config=saved_config(file))
+        found = recognise(content, reading, config=config)
+        if other and isinstance(found.architecture, Architecture):
+            raise Unrecognised(f"is timm's {other}, as config.json says, and no plain vision transformer")
     except NoChoice as reason:
         return replace(checkpoint, problem=str(reason))
     except Unrecognised as reason:
         hint = shard_hint(file)
-        return replace(checkpoint, problem=f"{reason}{hint}", advice="" if hint else "; pass --arch (and --source)")
-    saved = {} if "transform" in header else saved_normalisation(file)
-    if saved:
-        found.notices.append("mean and deviation of the pixels are taken from the configuration beside the file")
-    if "transform" not in header and (normalisation := saved or found.normalisation):
-        size = {"image_size": found.architecture.image_size}
-        checkpoint = replace(checkpoint, header={"transform": size | normalisation})
+        advice = "" if hint else f"; pass --arch {other or '(and --source)'}"
+        return replace(checkpoint, problem=f"{reason}{hint}", advice=advice)
     architecture, source = found.architecture, found.source
     if published := find_named(path):
         source, licence = published.source, published.licence
         if found.guesses_interpolation and isinstance(architecture, Architecture):
             architecture = replace(architecture, interpolation=INTERPOLATIONS.get(source, "mae"))
     return replace(checkpoint, architecture=architecture, source=source, licence=licence, recognised=found)
+
+
+def _with_normalisation(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a foreign checkpoint with the normalisation in the files beside it, otherwise with its publisher's."""
+    if checkpoint.header.keys() & {"architecture", "transform"}:
+        return checkpoint
+    found = checkpoint.recognised
+    channels = first_channels(checkpoint.tensors) if found is None else found.architecture.channels
+    if saved := saved_normalisation(checkpoint.path, channels):
+        notice = "mean and deviation of the pixels are taken from the configuration beside the file"
+        header = checkpoint.header | {"transform": saved}
+        return replace(checkpoint, header=header, ignored=[*checkpoint.ignored, notice])
+    if found and found.normalisation:
+        return replace(checkpoint, header=checkpoint.header | {"transform": found.normalisation | {"assumed": True}})
+    return checkpoint
 
 
 def _from_timm(path: str) -> Checkpoint:
@@ -258,8 +130,7 @@ def _from_timm(path: str) -> Checkpoint:
     tensors, architecture = dict(model.state_dict()), find_architecture(name, None, None)
     if isinstance(architecture, Architecture):
         architecture = with_fixed_positions(architecture, tensors)
-    transform = {"image_size": architecture.image_size} | normalisation(name)
-    header = {"architecture": architecture.to_dict(), "source": "timm", "transform": transform}
+    header = {"architecture": architecture.to_dict(), "source": "timm", "transform": normalisation(name)}
     return Checkpoint(Path(path), tensors, header, architecture, source="timm")
 
 
@@ -287,7 +158,7 @@ def choose_architecture(
         chosen = find_architecture(arch, source, resolution)
         if isinstance(chosen, Architecture):
             chosen = with_file_values(chosen, checkpoint)
-        chosen = for_images(chosen, checkpoint.channels)
+        chosen = for_images(chosen, checkpoint.channels_as(arch))
     elif recorded is None:
         raise unrecognised(checkpoint.path, checkpoint.problem, checkpoint.advice, checkpoint.named)
     elif arch in (None, recorded.name):

@@ -84,23 +84,29 @@ def _index_of(file: Path) -> Path | None:
     return file.with_name(f"{match[1]}{match[4]}{_INDEX}") if match and int(match[3]) > 1 else None
 
 
-def saved_normalisation(file: Path) -> dict[str, list[float]]:
+def saved_normalisation(file: Path, channels: int) -> dict[str, list[float]]:
     """Return each channel's mean and deviation from the files beside it; empty without them.
 
-    They are in `preprocessor_config.json` of transformers, or in `config.json` of timm.
+    They are in `preprocessor_config.json` of transformers, or in `config.json` of timm. A single value holds for all
+    `channels`.
     """
     found = _read_object(file.parent / "preprocessor_config.json")
+    if found.get("do_normalize") is False:
+        return {"mean": [0.0] * channels, "std": [1.0] * channels}
     values: dict[str, Any] = {"mean": found.get("image_mean"), "std": found.get("image_std")}
     timms = _read_object(file.parent / "config.json").get("pretrained_cfg")
     if not found and isinstance(timms, dict):
         values = {name: timms.get(name) for name in values}
-    if found.get("do_normalize") is False or not all(map(_are_numbers, values.values())):
-        return {}
-    return {name: [float(value) for value in three] for name, three in values.items()}
+    saved = {name: _per_channel(value, channels) for name, value in values.items()}
+    return saved if all(saved.values()) else {}
 
 
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and len(values) == 3 and all(type(each) in (int, float) for each in values)
+def _per_channel(value: Any, channels: int) -> list[float]:
+    """Return a number, or a list of one, three or `channels` numbers, for every channel; empty if it is neither."""
+    numbers = value if isinstance(value, list) else [value]
+    if len(numbers) not in (1, 3, channels) or not all(type(number) in (int, float) for number in numbers):
+        return []
+    return [float(number) for number in numbers] * (channels if len(numbers) == 1 else 1)
 
 
 def _read_object(file: Path) -> dict[str, Any]:

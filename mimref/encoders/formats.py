@@ -21,9 +21,9 @@ from mimref.encoders.families.recognise import recognise_family
 from mimref.encoders.grids import Grid, prepare_positions, unsaved_positions
 from mimref.encoders.layouts import DROPPABLE, RELATIVES, RENAMES, WRAPPING, format_interpolation, format_name
 from mimref.encoders.leftovers import group_leftovers, join_problems
-from mimref.encoders.num_heads import find_num_heads
+from mimref.encoders.num_heads import HEADS, MAE_LITE_HEADS, MOCO_HEADS, find_num_heads
 from mimref.encoders.parts import Unrecognised, below, beside, choice_notice, choose_part, find_encoders
-from mimref.encoders.positions import are_sincos
+from mimref.encoders.positions import are_mocos, are_sincos
 from mimref.encoders.reading import first_line, named_tensors
 from mimref.encoders.recognised import Recognised as Recognised
 from mimref.encoders.vit import NORM_EPS, PAPER_SIZES, Architecture, build_encoder
@@ -206,14 +206,19 @@ def _read_architecture(
     class_token = "cls_token" in tensors
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     prefix = 1 if class_token and not registers else 0
-    side = math.isqrt(tensors["pos_embed"].shape[1] - prefix)
+    positions = tensors["pos_embed"]
+    side = math.isqrt(positions.shape[1] - prefix)
     post_norm = "norm_pre.weight" in tensors
     if post_norm and "patch_embed.proj.bias" not in tensors:
         raise Unrecognised("has a norm before its blocks and no bias in the patch embedding, like CLIP")
     config = config if config.get("hidden_size") == width else {}
     if config.get("hidden_act", "gelu") != "gelu":
         raise Unrecognised(f"uses {config['hidden_act']} in its MLPs, as config.json says, not gelu")
-    num_heads = find_num_heads(width, num_heads, config, notices)
+    mocos, fixed = are_mocos(positions, num_prefix=prefix), are_sincos(positions, num_prefix=prefix)
+    published = MOCO_HEADS if mocos else HEADS
+    # In MAE's fine-tuned models, positions are trained and a norm precedes the classifier.
+    others = MAE_LITE_HEADS if (fixed and not mocos) or "fc_norm.weight" in names else None
+    num_heads = find_num_heads(width, num_heads, config, notices, published=published, others=others)
     # The final norm may be absent: CrossMAE has norms in the decoder instead, a classifier on mean tokens has its own
     # (OpenMMLab's ln2), and MMSegmentation, recognised by its attention, has none. Otherwise its absence is an error.
     replaced = ("dec_norms.", "wfm.", "fc_norm.", "ln2.", "layers.0.attn.attn.")
@@ -229,7 +234,7 @@ def _read_architecture(
         num_heads,
         patch_size,
         post_norm=post_norm,
-        fixed_positions=are_sincos(tensors["pos_embed"], num_prefix=prefix),
+        fixed_positions=fixed,
         class_token=class_token,
         registers=registers,
         layer_scale="blocks.0.ls1.gamma" in tensors,

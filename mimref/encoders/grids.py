@@ -44,7 +44,7 @@ def prepare_positions(
     if grid[0] != grid[1] and not asked and positions.ndim != 4:
         shape = f"{grid[0]} x {grid[1]}"
         notices.append(
-            f"a grid of {shape} patches is assumed; encoder.grid (--grid of inspect and export) sets another"
+            f"a grid of {shape} patches is assumed; encoder.grid (--grid of inspect, export and push) sets another"
         )
     flat = positions.reshape(1, -1, positions.shape[-1])  # still the file's memory
     prefix_1PD, patches_1ND = flat[:, :count], _square(flat[:, count:], grid, notices, interpolation)
@@ -114,6 +114,6 @@ def unsaved_positions(patch_size: int, width: int, asked: Grid | None, notices: 
     if not asked:
         notices.append(
             f"the file holds no positions: MAE-pytorch's fixed ones of {side} x {side} patches are used; "
-            "encoder.grid (--grid of inspect and export) chooses another number"
+            "encoder.grid (--grid of inspect, export and push) chooses another number"
         )
     return flat_sincos_positions(width, rows * columns)

@@ -91,7 +91,11 @@ def inspect_file(
             for name in sorted(tensors, key=_model_order)
         ],
         dropped=dropped,
-        notices=[*checkpoint.ignored, *(recognised.notices if recognised else [])],
+        notices=[
+            *checkpoint.unused_settings(architecture),
+            *checkpoint.ignored,
+            *(recognised.notices if recognised else []),
+        ],
         guesses_interpolation=checkpoint.guesses_interpolation,
         header={key: value for key, value in checkpoint.header.items() if key != "architecture"},
     )

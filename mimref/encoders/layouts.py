@@ -165,7 +165,7 @@ def format_name(root: str, patches: str, names: set[str], architecture: Architec
         return "layout of I-JEPA's encoder", None
     if not architecture.fixed_positions:
         return "layout of timm (also DINO, iBOT, Mugs, MSN)", None
-    return "layout of MAE (also dBOT, MAWS, MAE-CT)", None
+    return "layout of MAE (also dBOT, MAWS, MAE-CT, MoCo v3)", None
 
 
 # Pre-training methods, as `--source` names them, that do not interpolate positions as MAE does.

@@ -6,10 +6,12 @@ Such files are not recognised by their tensors, which show neither window sizes 
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from mimref.encoders.meta import RatesOnCpu
 from mimref.errors import CheckpointError
@@ -29,6 +31,8 @@ _TELLTALES = (
 # Tensors of layers after pooling, and computed ones that older versions of timm saved.
 _BESIDE = re.compile(r"(head|fc_norm)\.|.*\.(attn_mask|relative_position_index|relative_coords_table)$")
 _MOST_NAMED = 4
+# Of the plain encoders here: of MLPs, and of SwiGLU's.
+_ACTIVATIONS = (str(nn.GELU()), str(nn.SiLU()))
 
 
 def likely_models(named: Mapping[str, Tensor]) -> list[str]:
@@ -62,6 +66,27 @@ def named_models(named: Mapping[str, Tensor]) -> str:
     others = models[1:_MOST_NAMED]
     more = f" (or {', '.join(others)}{', ...' if len(models) > _MOST_NAMED else ''})" if others else ""
     return f"has timm's names, which do not show the model; load it with --arch {models[0]}{more}"
+
+
+def read_model(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """Return `config.json` with the attention heads of the plain ViT of timm's that it names; for others, their name.
+
+    Others have rotary positions or another activation, which no tensor shows.
+    """
+    name, options = config.get("architecture"), config.get("model_args") or {}
+    if not isinstance(name, str) or not timm.is_model(name):
+        return config, ""
+    try:
+        with torch.device("meta"), RatesOnCpu():
+            model = timm.create_model(name, pretrained=False, **options)
+    except Exception:  # each constructor raises its own errors for unsuitable values
+        return config, ""
+    if type(model) is not VisionTransformer:
+        return config, name
+    block: Any = model.blocks[0]
+    if str(block.mlp.act) not in _ACTIVATIONS:
+        return config, name
+    return {**config, "hidden_size": model.embed_dim, "num_attention_heads": block.attn.num_heads}, ""
 
 
 def unrecognised(path: Path, problem: str, advice: str, named: Mapping[str, Tensor]) -> CheckpointError:

@@ -127,7 +127,17 @@ def sincos_positions(width: int, side: int, *, num_prefix: int = 1) -> Tensor:
 
 
 def are_sincos(positions: Tensor, *, num_prefix: int) -> bool:
-    """Return whether positions (1, num_prefix + side**2, width) equal the sin-cos ones in half precision."""
+    """Return whether positions (1, num_prefix + side**2, width) equal MAE's or MoCo v3's in half precision."""
+    return _are_maes(positions, num_prefix) or are_mocos(positions, num_prefix=num_prefix)
+
+
+def are_mocos(positions: Tensor, *, num_prefix: int) -> bool:
+    """Return whether positions equal MoCo v3's, whose first half of the width encodes the row; see `are_sincos`."""
+    swapped = positions.roll(positions.shape[2] // 2, dims=2)
+    return not _are_maes(positions, num_prefix) and _are_maes(swapped, num_prefix)
+
+
+def _are_maes(positions: Tensor, num_prefix: int) -> bool:
     side, width = math.isqrt(positions.shape[1] - num_prefix), positions.shape[2]
     if width % 4 or side**2 + num_prefix != positions.shape[1]:
         return False

@@ -28,7 +28,7 @@ def architecture_to_train(config: EncoderConfig, checkpoint: Checkpoint) -> Enco
         raise unrecognised(checkpoint.path, checkpoint.problem, checkpoint.advice, checkpoint.named)
     if recorded is None or _is_timm(config, checkpoint):
         if is_backbone(config.arch):
-            found = for_images(find_architecture(config.arch, None, None), checkpoint.channels)
+            found = for_images(find_architecture(config.arch, None, None), checkpoint.channels_as(config.arch))
             assert isinstance(found, BackboneArchitecture)
             found = at_size(found, config.image_size, "encoder.image_size") if "image_size" in asked else found
             found.check_size(found.image_size, "encoder.image_size")  # a model without intermediate features fails here

@@ -56,6 +56,20 @@ def classifiers(name: str) -> tuple[str, ...]:
     return tuple(f"{each.rpartition('.')[0] or each}." for each in ([layers] if isinstance(layers, str) else layers))
 
 
+@cache
+def first_conv(name: str) -> tuple[str, int]:
+    """Return the weight of a timm model's convolution on pixels, and its inputs for images of three channels.
+
+    Some models rearrange pixels before it. ("", 3) if timm has no such model, or records none or several.
+    """
+    found = getattr(timm.get_pretrained_cfg(name), "first_conv", None)
+    if not found or not isinstance(found, str):
+        return "", 3
+    with torch.device("meta"), RatesOnCpu():
+        weight = timm.create_model(name, pretrained=False).state_dict().get(f"{found}.weight")
+    return (f"{found}.weight", weight.shape[1]) if weight is not None else ("", 3)
+
+
 def normalisation(name: str) -> dict[str, list[float]]:
     """Return mean and deviation of every channel for `model.tag`, or for the weights that timm downloads by default."""
     record = timm_record(name)

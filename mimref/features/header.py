@@ -13,13 +13,14 @@ from mimref.data.open import ACCEPTED, absolute_spec
 from mimref.data.pixels import DECODING, USUAL
 from mimref.data.sources import ImageSource
 from mimref.data.statistics import channel_statistics
-from mimref.data.transforms import EvalTransform, PerChannel
+from mimref.data.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, PerChannel
 from mimref.encoders.backbones import EncoderArchitecture
-from mimref.encoders.timm_models import timm_record
+from mimref.encoders.timm_models import normalisation
 from mimref.errors import CheckpointError, ConfigError
 
 _IMAGES = ("spec", "root", "train_limit")
 _COLUMNS = ("image", "label")
+_UNKNOWN = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "assumed": True}
 
 
 def resolve_data(data: DataConfig, header: Mapping[str, Any]) -> DataConfig:
@@ -140,19 +141,17 @@ def eval_transform(
     """Return the evaluation transform of an encoder's images, at `resolution` or at the encoder's own.
 
     Crop fraction: from the settings, else the header, else 0.875; the resizing method likewise. Normalisation: from the
-    settings, else the header, else timm's record for tagged weights (`vit_x.tag`), else ImageNet's; for gray encoders,
-    its mean over the three channels, as in timm's loader. Raises CheckpointError when the header's record is not
-    valid, ConfigError when the normalisation of `data.channels` is unknown (see `with_statistics`).
+    settings, else the header, else timm's record for tagged weights (`vit_x.tag`), else as the publisher of such
+    weights does (`assumed` in the header), else ImageNet's; for gray encoders, its mean over the three channels, as in
+    timm's loader. Raises CheckpointError when the header's record is not valid, ConfigError when the normalisation of
+    `data.channels` is unknown (see `with_statistics`).
     """
     image_size, channels = architecture.image_size, with_channels(data, architecture).channels
     try:
-        if "transform" in header:
-            recorded = EvalTransform.from_dict(header["transform"])
-        elif "." in architecture.name:
-            timms = timm_record(architecture.name)
-            recorded = EvalTransform(image_size, mean=timms.mean, std=timms.std)
-        else:
-            recorded = EvalTransform(image_size)
+        saved = {"image_size": image_size, **header.get("transform", _UNKNOWN)}
+        if saved.get("assumed") and "." in architecture.name:
+            saved |= normalisation(architecture.name)
+        recorded = EvalTransform.from_dict(saved)
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's record of its transform is not valid: {error}") from error
     mean, std = recorded.mean, recorded.std

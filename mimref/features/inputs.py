@@ -101,7 +101,7 @@ class EncoderInputs:
         If nothing records the channels' mean and standard deviation, they are measured, on the training images if
         there are any.
         """
-        header, channels = self.checkpoint.header, self.checkpoint.channels
+        header, channels = self.checkpoint.header, self.checkpoint.channels_as(self.architecture.name)
         data = with_statistics(self.data, header, channels, self._measured())
         if data != self.data:
             mean, std = (", ".join(f"{value:g}" for value in values or ()) for values in (data.mean, data.std))
@@ -306,7 +306,7 @@ class EncoderInputs:
     def _architecture_record(self) -> dict[str, Any]:
         architecture, size = self.architecture, self.image_size
         adapted = {}
-        if architecture.channels != self.checkpoint.channels:
+        if architecture.channels != self.checkpoint.channels_as(architecture.name):
             adapted["channel_rule"] = self.checkpoint.channel_rule.key()
         if isinstance(architecture, BackboneArchitecture):
             return architecture.key() | adapted

@@ -291,8 +291,9 @@ def open_training(
     if not remote and known.spec is not None:
         sources = open_splits(known)
     derived: list[Derived] = []
-    if checkpoint is not None and data is not None and sources and checks.passed:
-        data, derived = measure_channels(data, checkpoint.header, checkpoint.channels, sources.get("train"), checks)
+    if checkpoint and architecture and data and sources and checks.passed:
+        channels = checkpoint.channels_as(architecture.name)
+        data, derived = measure_channels(data, checkpoint.header, channels, sources.get("train"), checks)
     return OpenedTraining(checkpoint, architecture, data, sources, derived)
 
 

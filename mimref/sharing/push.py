@@ -45,10 +45,10 @@ def push_folder(
 ) -> str:
     """Create a model repository, and upload all files of a folder in one commit. Returns its address.
 
-    name: OWNER/NAME, or NAME in the user's own account. private: make a new repository private. message: of the commit.
-    force: commit to an existing repository. The server is the hub, or `$HF_ENDPOINT`; the token is `$HF_TOKEN`, or the
-    saved one, and is never part of a message. Raises ConfigError without a token or for a wrong name, OutputError when
-    the server refuses or cannot be reached.
+    name: OWNER/NAME, or NAME in the user's own account. private: make a new repository private; otherwise its owner's
+    default applies. message: of the commit. force: commit to an existing repository. The server is the hub, or
+    `$HF_ENDPOINT`; the token is `$HF_TOKEN`, or the saved one, and is never part of a message. Raises ConfigError
+    without a token or for a wrong name, OutputError when the server refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
 
@@ -57,7 +57,7 @@ def push_folder(
     api = HfApi()
     created = False
     try:
-        repository = api.create_repo(name, private=private, exist_ok=force).repo_id
+        repository = api.create_repo(name, private=private or None, exist_ok=force).repo_id
         created = True
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message or "Upload from mimref")
     except Exception as error:  # from the client, or from whichever HTTP library it uses

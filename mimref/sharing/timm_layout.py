@@ -57,6 +57,7 @@ def _plain_layout(subject: Subject, encoder: Encoder) -> Layout:
         if not architecture.final_norm:
             args["final_norm"] = False
         if architecture.swiglu:
+            args.setdefault("mlp_ratio", 4.0)  # the named model has another
             state = with_layer_scale(state, architecture.depth, architecture.width)
     header = {**subject.header, "architecture": architecture.to_dict()}
     if state.keys() != encoder.vit.state_dict().keys():

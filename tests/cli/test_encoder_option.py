@@ -42,6 +42,7 @@ def test_inspect(two: str, capsys: pytest.CaptureFixture[str]) -> None:
 COMMANDS = [
     ["inspect", "FILE"],
     ["export", "FILE", "--to", "timm", "--out", "out.pth"],
+    ["push", "FILE", "me/refined"],
     ["interpolate", "FILE", "FILE", "--data", "DATA"],
     ["knn", "FILE", "--data", "DATA"],
     ["lowshot", "FILE", "--data", "DATA"],

@@ -9,7 +9,7 @@ import torch
 
 from mimref.cli import run
 from mimref.encoders.inspection import TensorOrigin, by_block
-from tests.checkpoints import MAE_DECODER, data2vec, mae_vit
+from tests.checkpoints import MAE_DECODER, data2vec, mae_vit, timm_vit
 
 
 def test_foreign_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,6 +35,14 @@ def test_foreign_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert len(printed["tensors"]) + sum(map(len, printed["dropped"].values())) == len(mae_vit().state_dict()) + len(
         MAE_DECODER
     )
+
+
+def test_heads_that_no_weight_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(timm_vit(embed_dim=48, num_heads=3).state_dict(), tmp_path / "a.pth")
+    assert run(["inspect", str(tmp_path / "a.pth")]) == 2
+    assert "inspect, export, push: --num-heads N" in capsys.readouterr().err
+    assert run(["inspect", str(tmp_path / "a.pth"), "--num-heads", "3"]) == 0
+    assert "width 48, 3 heads" in capsys.readouterr().out
 
 
 def test_own_files(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """`mimref push` against a stand-in for the hub: what arrives, and a one-line error for everything that can go wrong."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from safetensors.torch import load
 
 from mimref.cli import run
 from mimref.encoders.vit import Architecture
+from tests.checkpoints import timm_vit
 from tests.hub import TOKEN, Hub, serving
 from tests.tiny import write_weights
 
@@ -57,6 +60,12 @@ def test_a_folder(folder: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) ->
     assert repository.files == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def test_the_owners_default_decides_whether_a_repository_is_private(folder: Path, hub: Hub) -> None:
+    hub.private = True
+    assert run(["push", str(folder), "lab/tiny", "--quiet"]) == 0
+    assert hub.repositories["lab/tiny"].private
+
+
 def test_a_checkpoint(weights: str, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["push", weights, "lab/tiny-vit", "--layout", "timm"]) == 0
     assert TOKEN not in "".join(capsys.readouterr())
@@ -66,6 +75,26 @@ def test_a_checkpoint(weights: str, hub: Hub, capsys: pytest.CaptureFixture[str]
     assert b"# tiny-vit" in repository.files["README.md"]
     assert "cls_token" in load(repository.files["model.safetensors"])
     assert [file.name for file in Path().iterdir()] == ["encoder.safetensors"]
+
+
+def test_a_checkpoint_that_needs_options_to_be_read(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = timm_vit(embed_dim=48, num_heads=3).state_dict()
+    torch.save({"teacher": state, "student": state}, tmp_path / "two.pth")
+    path = str(tmp_path / "two.pth")
+    assert "width of 48" in refusal(capsys, path, "me/tiny") and not hub.repositories
+    assert "--grid 4x4" in refusal(capsys, path, "me/tiny", "--num-heads", "3", "--grid", "4x4")
+    options = ["--num-heads", "3", "--encoder", "student", "--grid", "4,4", "--source", "dino", "--layout", "timm"]
+    assert run(["push", path, "me/tiny", "--quiet", *options]) == 0
+    assert json.loads(hub.repositories["me/tiny"].files["config.json"])["model_args"]["num_heads"] == 3
+
+
+@pytest.mark.parametrize("option", ["--arch=vit_b16", "--num-heads=3", "--encoder=teacher", "--layout=timm"])
+def test_options_without_effect_on_an_exported_folder(
+    option: str, folder: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert option.replace("=", " ") in refusal(capsys, str(folder), "me/tiny", option) and not hub.repositories
 
 
 def test_a_repository_that_exists(folder: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,8 +146,11 @@ def describe_dinov3(tensors: Tensors, hints: Hints) -> Family:
         raise Unrecognised(
             f"has rotary positions other than DINOv3's of base {_BASE:.0f} for {heads} heads, which timm's models have"
         )
-    registers = shape_of(tensors, "storage_tokens", 3)[1]
-    sizes = _dinov3_sizes(width, count_blocks(tensors, "blocks."), heads, hidden, swiglu)
+    depth = count_blocks(tensors, "blocks.")
+    if any(_has_key_bias(tensors, f"blocks.{number}.attn.qkv.bias", width) for number in range(depth)):
+        raise Unrecognised(_KEY_BIASES)
+    registers = shape_of(tensors, "storage_tokens", 3)[1] if "storage_tokens" in tensors else 0
+    sizes = _dinov3_sizes(width, depth, heads, hidden, swiglu)
     biased = "blocks.0.attn.qkv.bias" in tensors
     return _dinov3("DINOv3", sizes, patch_size, registers, dinov3_layout(swiglu=swiglu), notices, biased=biased)
 
@@ -162,13 +165,27 @@ def describe_dinov3_hf(tensors: Tensors, hints: Hints) -> Family:
     config = hints.config if hints.config.get("hidden_size") == width else {}
     heads = find_num_heads(width, hints.num_heads, config, notices, published=_DINOV3_HEADS)
     if "layer.0.attention.k_proj.bias" in tensors:
-        raise Unrecognised("has key biases, which timm's DINOv3 lacks")
+        raise Unrecognised(_KEY_BIASES)
+    if (base := config.get("rope_theta", _BASE)) != _BASE:
+        raise Unrecognised(f"has rotary positions of base {base}, as config.json says, not DINOv3's {_BASE:.0f}")
     registers = shape_of(tensors, "embeddings.register_tokens", 3)[1]
     sizes = _dinov3_sizes(width, count_blocks(tensors, "layer."), heads, hidden, swiglu)
     biased = "layer.0.attention.q_proj.bias" in tensors
     return _dinov3("Hugging Face DINOv3", sizes, patch_size, registers, DINOV3_HF, notices, biased=biased)
 
 
+def _has_key_bias(tensors: Tensors, name: str, width: int) -> bool:
+    """Return whether a joint bias of queries, keys and values has one of keys that its mask does not remove."""
+
+    def has_keys(name: str) -> bool:
+        shape_of(tensors, name, 1)
+        return bool(tensors[name][width : 2 * width].any())
+
+    mask = f"{name}_mask"
+    return name in tensors and has_keys(name) and (mask not in tensors or has_keys(mask))
+
+
+_KEY_BIASES = "has key biases, which timm's DINOv3 lacks"
 _DINOV3_HEADS = {size["embed_dim"]: size["num_heads"] for size in _DINOV3_MODELS.values()}
 
 

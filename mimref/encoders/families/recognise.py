@@ -32,6 +32,7 @@ def _refuse_capi(tensors: Tensors, hints: Hints) -> Family:
 _CANDIDATES: tuple[tuple[tuple[str, ...], Callable[[Tensors, Hints], Family]], ...] = (
     (("encoder.blocks.0.residual1.fn.q_proj.weight", "registers"), _refuse_capi),
     (("storage_tokens", "blocks.0.attn.qkv.weight"), eva.describe_dinov3),
+    (("rope_embed.periods", "blocks.0.attn.qkv.weight"), eva.describe_dinov3),
     (("layer.0.attention.q_proj.weight", "embeddings.patch_embeddings.weight"), eva.describe_dinov3_hf),
     (("blocks.0.mlp.w12.weight", "blocks.0.attn.q_bias"), eva.describe_eva02),
     (("blocks.0.mlp.w1.weight", "blocks.0.attn.q_proj.weight"), eva.describe_eva02),

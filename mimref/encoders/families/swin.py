@@ -7,7 +7,7 @@ another number. The weights do not show the image size: after five halvings, one
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -84,7 +84,6 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name.endswith(ends)}
 
 
-_FARTHEST = math.log2(9) / 3
 _UNUSED = {"decoder": r"decoder\..*", "computed": r".+\.(relative_position_index|relative_coords_table|attn_mask)"}
 PUBLISHER = Layout(_one_earlier(naming_by({})), MASK_TOKEN | HEADS | _UNUSED, _buffers)
 HF = Layout(_one_earlier(naming_by(_HF_RULES)), MASK_TOKEN | HEADS | _UNUSED)
@@ -118,17 +117,31 @@ def describe_hf(tensors: Tensors, hints: Hints) -> Family:
     starts = [f"encoder.layers.{stage}.blocks.0.attention.self." for stage in range(len(depths))]
     heads = _heads(tensors, starts, is_v2=is_v2)
     saved_window, saved_size = (value if type(value := config.get(key)) is int else None for key in _SAVED)
-    window = _window(tensors, f"{first}attention.self.", is_v2=is_v2) or saved_window
+    pretrained = _pretrained_windows(config, len(depths)) if is_v2 else ()
+    units = pretrained[0] if pretrained else 0
+    window = _window(tensors, f"{first}attention.self.", is_v2=is_v2, units=units) or saved_window
     if not window:
         raise Unrecognised("is a Swin transformer, version 2, whose window size is only in its config.json")
     hidden = shape_of(tensors, f"{first}intermediate.dense.weight", 2)[0]
     sizes = {"embed_dim": width, "depths": depths, "num_heads": heads, "window_size": window}
+    sizes |= {"pretrained_window_sizes": pretrained} if pretrained else {}
     is_simmim = "embeddings.mask_token" in tensors or "decoder.0.weight" in hints.beside
     size = _image_size(saved_size, window, patch_size, len(depths))
     return _family("Hugging Face ", sizes, hidden, patch_size, size, HF, is_v2=is_v2, is_simmim=is_simmim)
 
 
 _SAVED = ("window_size", "image_size")
+
+
+def _pretrained_windows(config: Mapping[str, Any], stages: int) -> tuple[int, ...]:
+    """Return the windows of each stage in whose coordinates positions are; empty if each has its own."""
+    saved = config.get("pretrained_window_sizes") or ()
+    valid = isinstance(saved, list) and all(type(size) is int and size >= 0 for size in saved)
+    if not saved or (valid and not any(saved)):
+        return ()
+    if not valid or len(saved) != stages:
+        raise Unrecognised(f"has pretrained_window_sizes {saved!r} in config.json, not one number per stage")
+    return tuple(saved)
 
 
 def _depths(tensors: Tensors, layers: str) -> tuple[int, ...]:
@@ -142,21 +155,26 @@ def _heads(tensors: Tensors, starts: Sequence[str], *, is_v2: bool) -> tuple[int
     return tuple(shape_of(tensors, f"{start}relative_position_bias_table", 2)[1] for start in starts)
 
 
-def _window(tensors: Tensors, start: str, *, is_v2: bool) -> int | None:
-    """Return the tokens per side of a window; None if only the configuration shows them."""
+def _window(tensors: Tensors, start: str, *, is_v2: bool, units: int = 0) -> int | None:
+    """Return the tokens per side of a window; None if only the configuration shows them.
+
+    units: tokens per side of the window in whose coordinates positions are; 0 means the window itself.
+    """
     if not is_v2:
         name = f"{start}relative_position_bias_table"
         distances = shape_of(tensors, name, 2)[0]
     elif (name := f"{start}relative_coords_table") in tensors:
         distances = math.prod(shape_of(tensors, name, 4)[1:3])
-        # The farthest is log2(1 + 8) / log2(8), unless coordinates are those of a smaller window.
-        if abs(float(tensors[name].float().max()) - _FARTHEST) > 0.01:
-            raise Unrecognised("has relative positions for another window size, from which it was fine-tuned")
     else:
         return None
     window, odd = divmod(math.isqrt(distances) + 1, 2)
     if (2 * window - 1) ** 2 != distances or odd:
         raise Unrecognised(f"{name} of {distances} relative positions does not fit a square window")
+    if is_v2:
+        # Coordinates are from -8 to 8, or beyond if the units are those of a smaller window.
+        farthest = math.log2(1 + 8 * (window - 1) / max(1, (units or window) - 1)) / 3
+        if abs(float(tensors[name].float().max()) - farthest) > 0.01:
+            raise Unrecognised("has relative positions for another window size, from which it was fine-tuned")
     return window
 
 
@@ -188,7 +206,9 @@ def _family(
     models, other = (_MODELS_V2, "swinv2_tiny_window8_256") if is_v2 else (_MODELS, "swin_tiny_patch4_window7_224")
     near = dict(sizes)
     window = near.pop("window_size")
-    without_window = {name: {key: own[key] for key in near} for name, own in models.items()}
+    without_window = {
+        name: {key: value for key, value in own.items() if key != "window_size"} for name, own in models.items()
+    }
     model, options = named_model(without_window, near, other)
     usual = models[model]["window_size"] if model in models else None
     options |= {"window_size": window} if window != usual else {}
