@@ -124,9 +124,9 @@ class TrainingRun:
     ) -> Iterator[None]:
         """Write config.toml with the resolved settings, and keep the log open while jobs train.
 
-        derived: settings that a recipe has derived. checkpoint: the weights that the run starts from; a resumed run
-        needs the same. It reads them and the preset from its saved files: the
-        config.toml from which it continues names no preset.
+        derived: settings that a recipe has derived. A resumed run reads them and the preset from its saved files: the
+        config.toml from which it continues names no preset. checkpoint: the weights that the run starts from; a resumed
+        run needs the same.
         """
         origin = self.folder.origin() if self.resume else None
         self.config = with_absolute_paths(config)
